@@ -1,0 +1,40 @@
+# Every target works on a fresh clone; .venv/ is made and kept up to date by tools/setup_env.py.
+PYTHON ?= python3
+VENV := .venv/bin/python
+JOBS ?= 2
+# One thread a process: the tests run in JOBS processes, and results do not depend on the cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup lock check test fault gpu bench demo wheel clean
+
+setup:  ## make or update .venv (asks nothing, does nothing if it is up to date)
+	@$(PYTHON) tools/setup_env.py
+
+lock: setup  ## rewrite requirements.lock from what .venv holds
+	$(VENV) tools/write_lock.py
+
+check: setup  ## lint, format, types
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+	$(VENV) tools/check_types.py
+
+test: check  ## everything that must pass before a merge
+	$(VENV) -m pytest -n $(JOBS)
+
+fault: setup  ## what happens when disks fill, lie or hang
+	$(VENV) -m pytest tests/fault
+
+gpu: setup  ## the tests that need a CUDA device
+	$(VENV) -m pytest -m gpu
+
+bench: setup  ## every benchmark at its quick size; results go to benchmarks/results/
+	@set -e; for file in benchmarks/*.py; do echo "$$file"; $(VENV) $$file; done
+
+demo: setup  ## answer questions about a long document with a cache that does not fit
+	$(VENV) -m offload.cli demo
+
+wheel: setup  ## build, install into a clean environment, look at what a user gets
+	$(VENV) tools/check_wheel.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,24 @@
+"""The one place that knows how transformers versions differ.
+
+Supported: 5.4 and newer. Older ones pass ``cache_position`` around and ask for masks differently.
+"""
+
+import transformers
+from packaging.version import Version
+
+from offload.errors import ConfigError
+
+OLDEST = "5.4"
+VERSION = Version(transformers.__version__).release
+
+if VERSION < Version(OLDEST).release:
+    raise ConfigError(
+        f"transformers {transformers.__version__} is installed; offload needs {OLDEST} or newer, "
+        "where the cache interface changed: pip install -U transformers"
+    )
+
+CROP_IS_RELATIVE = VERSION >= (5, 18)
+"""Whether ``Cache.crop(n)`` only takes ``-tokens_to_remove``; before, ``n > 0`` was a length."""
+
+CACHES_LATENTS = VERSION >= (5, 18)
+"""Whether MLA models hand compressed latents to the cache and expand them after ``update``."""

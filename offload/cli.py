@@ -1,0 +1,73 @@
+"""The ``offload`` command. Knows its subcommands by name only, and imports the one that runs."""
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from offload.errors import OffloadError
+
+_COMMANDS: Final = ("doctor", "demo", "generate")
+"""Each is a module ``offload.cli_<name>`` with ``add_parser(subparsers)`` and ``run(args)``."""
+
+_EXIT_REFUSED: Final = 2
+_EXIT_INTERRUPTED: Final = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments after the program name; ``sys.argv`` by default.
+
+    Returns
+    -------
+    int
+        What the subcommand returned; 2 if it raised an OffloadError, whose message is then the
+        one line on standard error; 130 after Ctrl-C.
+
+    Raises
+    ------
+    SystemExit
+        The arguments do not parse (2), or asked for help or the version (0).
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return int(_module(args.command).run(args))
+    except OffloadError as error:
+        print(f"offload: {error}", file=sys.stderr)
+        return _EXIT_REFUSED
+    except KeyboardInterrupt:
+        print("offload: interrupted", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser with every subcommand that is installed."""
+    parser = argparse.ArgumentParser(
+        prog="offload", description="KV caches on three tiers: device, host memory and disk."
+    )
+    version = importlib.metadata.version("kv-offload")
+    parser.add_argument("--version", action="version", version=f"offload {version}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for command in _COMMANDS:
+        if importlib.util.find_spec(_module_name(command)) is not None:
+            _module(command).add_parser(subparsers)
+    return parser
+
+
+def _module_name(command: str) -> str:
+    return f"offload.cli_{command}"
+
+
+def _module(command: str):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    return importlib.import_module(_module_name(command))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""The state of one Hugging Face cache, apart from transformers' own classes."""
+
+from torch import Tensor
+
+from offload.engine import Engine, EngineConfig
+from offload.errors import ClosedError
+from offload.exact import AttentionCall
+from offload.runtime import Runtime
+from offload.sequence import Appended
+from offload.stats import CacheStats
+from offload.types import ChunkLayout
+
+
+class CacheCore:
+    """Engine settings, and the runtime once the first keys have told its layout.
+
+    A step that fails (a full disk, a corrupt record) is undone: every layer goes back to the length
+    it had when the step began, so the cache stays usable. If that fails too, or if layers that
+    cannot be undone took part, the cache is ``torn`` and only ``reset`` or ``close`` are left.
+
+    Parameters
+    ----------
+    config : EngineConfig
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.runtime: Runtime | None = None
+        self.num_layers = 1
+        """Offloaded layers expected, for the device memory their tails will need."""
+        self.latent_dims: tuple[int, int] | None = None
+        """Widths of the latents that an MLA model caches instead of keys and values."""
+        self.can_undo = True
+        self._step_tokens = 0
+        self._is_closed = False
+        self._torn_by: BaseException | None = None
+        self._family = [1]  # open forks, this one included: the last one removes the files
+
+    def check_open(self) -> None:
+        """Raise ClosedError if the cache was closed or torn."""
+        if self._is_closed:
+            raise ClosedError("the cache is closed")
+        if self._torn_by is not None:
+            raise ClosedError(
+                f"an earlier step failed and could not be undone ({self._torn_by}); "
+                "reset() or close() the cache"
+            ) from self._torn_by
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> Appended:
+        """Add the new tokens of one layer.
+
+        Parameters
+        ----------
+        layer : int
+        keys, values : Tensor, shape (batch, num_kv_heads, num_new_tokens, dim)
+        """
+        self.check_open()
+        runtime = self._open(keys, values)
+        if layer == min(runtime.layers, default=layer):
+            self._step_tokens = self.num_tokens(layer)
+        try:
+            return runtime.append(layer, keys, values)
+        except Exception as error:
+            self._undo(error)
+            raise
+
+    def attend(self, layer: int, call: AttentionCall, appended: Appended) -> Tensor:
+        """Attend for one layer; see ``Runtime.attend``."""
+        self.check_open()
+        assert self.runtime is not None
+        try:
+            return self.runtime.attend(layer, call, appended)
+        except Exception as error:
+            self._undo(error)
+            raise
+
+    def num_tokens(self, layer: int) -> int:
+        """Return the tokens per row that a layer holds."""
+        if self.runtime is None or layer not in self.runtime.layers:
+            return 0
+        return self.runtime.layers[layer].num_tokens
+
+    def stats(self) -> CacheStats | None:
+        """Return the runtime's statistics; None before the first token."""
+        return None if self.runtime is None else self.runtime.stats()
+
+    def reset(self) -> None:
+        """Forget every token. The next ones may have another shape, dtype or batch."""
+        if self._is_closed:
+            self.check_open()
+        self._torn_by = None
+        if self.runtime is not None:
+            runtime, self.runtime = self.runtime, None
+            runtime.close()
+
+    def fork(self) -> "CacheCore":
+        """Return a copy that shares every chunk."""
+        self.check_open()
+        copy = CacheCore(self.config)
+        copy.num_layers = self.num_layers
+        copy.latent_dims = self.latent_dims
+        copy.can_undo = self.can_undo
+        copy.runtime = None if self.runtime is None else self.runtime.fork()
+        copy._family = self._family
+        copy._family[0] += 1
+        return copy
+
+    def close(self) -> None:
+        """Give everything back: memory, threads, files. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            if self.runtime is not None:
+                self.runtime.close()
+        finally:
+            self._family[0] -= 1
+            if self.config.scratch is not None and self._family[0] == 0:
+                self.config.scratch.close()
+
+    def _open(self, keys: Tensor, values: Tensor) -> Runtime:
+        if self.runtime is None:
+            layout = ChunkLayout(
+                keys.shape[1],
+                self.config.chunk_tokens,
+                keys.shape[3],
+                values.shape[3],
+                keys.dtype,
+            )
+            batch = keys.shape[0]
+            tail_bytes = self.num_layers * batch * layout.chunk_bytes
+            engine = Engine(self.config, layout, batch, tail_bytes, keys.device)
+            self.runtime = Runtime(engine, self.num_layers, batch)
+        return self.runtime
+
+    def _undo(self, cause: Exception) -> None:
+        """Bring every layer back to the length it had when the step began."""
+        assert self.runtime is not None
+        try:
+            for index, sequence in self.runtime.layers.items():
+                if sequence.num_tokens > self._step_tokens:
+                    self.runtime.crop(index, self._step_tokens)
+        except Exception as error:  # noqa: BLE001 - the first error is the one to report
+            cause.add_note(f"undoing the step failed as well: {error}")
+            self._torn_by = cause
+        if not self.can_undo:
+            self._torn_by = cause
+

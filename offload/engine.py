@@ -1,0 +1,202 @@
+"""What the forks of one cache share: tiers, store, staging, and the device memory they divide."""
+
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from offload.errors import CapacityError
+from offload.loader import StagingLoader
+from offload.prefetch.stream import ChunkStream
+from offload.presets import Preset
+from offload.stats import Counters
+from offload.store import ChunkStore
+from offload.tiers.base import Tier
+from offload.tiers.disk import DiskTier
+from offload.tiers.memory import MemoryTier
+from offload.tiers.pool import page_aligned
+from offload.tiers.scratch import ScratchDir
+from offload.types import ChunkLayout
+from offload.working_set import WorkingSet, plan_working_set
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What an engine is built from.
+
+    Attributes
+    ----------
+    capacities : dict of str to int
+        Bytes of each tier, fastest first: an ordered subset of ``gpu``, ``cpu``, ``disk``.
+    preset : Preset
+    chunk_tokens : int
+    scratch : ScratchDir or None
+        Where the disk tier writes.
+    deadline_s : float
+        Longest wait for one transfer.
+    """
+
+    capacities: dict[str, int]
+    preset: Preset
+    chunk_tokens: int
+    scratch: ScratchDir | None
+    deadline_s: float = 120.0
+
+
+class Engine:
+    """Tiers, store and staging of one cache and its forks.
+
+    Invariant: on the device, tails + staging + pool never exceed the capacity. ``lock`` serialises
+    the forks; whoever calls anything here or in ``store`` holds it.
+
+    Parameters
+    ----------
+    config : EngineConfig
+    layout : ChunkLayout
+    batch : int
+        Rows of the first runtime.
+    tail_bytes : int
+        Tails of the first runtime, all layers.
+    device : torch.device
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        layout: ChunkLayout,
+        batch: int,
+        tail_bytes: int,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.device = device
+        self.counters = Counters()
+        self.lock = threading.RLock()
+        self._tails: dict[int, int] = {}
+        self._num_users = 0
+        sizes = self._plan(tail_bytes, batch)
+        self._host_extra_bytes = 0
+        self.tiers = self._build_tiers(sizes, tail_bytes)
+        self._write_memory = page_aligned(sizes.num_write_buffers * layout.slot_bytes)
+        self.store = ChunkStore(
+            self.tiers,
+            [config.preset.eviction() for _ in self.tiers],
+            layout,
+            list(self._write_memory.view(sizes.num_write_buffers, layout.slot_bytes)),
+            self.counters,
+            config.deadline_s,
+        )
+        self._open_staging(sizes)
+
+    @property
+    def device_pool(self) -> MemoryTier | None:
+        """The device tier, if there is one."""
+        first = self.tiers[0]
+        return first if isinstance(first, MemoryTier) and first.name == "gpu" else None
+
+    @property
+    def tail_bytes(self) -> int:
+        """Device bytes reserved for the tails of all forks."""
+        return sum(self._tails.values())
+
+    def beside_chunks_bytes(self, tier: str) -> int:
+        """Return the bytes of a tier that hold something other than chunks at rest."""
+        if tier == "gpu":
+            return self.tail_bytes + self.loader.num_bytes
+        return self._host_extra_bytes if tier == "cpu" else 0
+
+    def acquire(self) -> None:
+        """Note one more user; ``release`` of the last one closes the engine."""
+        self._num_users += 1
+
+    def reserve_tails(self, owner: int, tail_bytes: int, batch: int) -> None:
+        """Set aside device memory for one owner's tails, moving chunks down if need be.
+
+        Raises
+        ------
+        CapacityError
+            The device cannot hold them. The owner's reservation is as before; chunks may have
+            moved down.
+        """
+        total = self.tail_bytes - self._tails.get(owner, 0) + tail_bytes
+        grows = total > self.tail_bytes or batch > self._buffer_chunks
+        sizes = self._plan(total, batch)
+        if batch > self._buffer_chunks:
+            self.stream.drain()
+            self.loader.close()
+            self._open_staging(sizes)
+        pool = self.device_pool
+        if pool is not None and grows and self._tails:
+            capacity = self.config.capacities["gpu"]
+            slots = (capacity - total - self.loader.num_bytes) // self.layout.slot_bytes
+            if slots < 0:
+                raise CapacityError(
+                    f"gpu capacity {capacity} bytes cannot hold {total} bytes of growing chunks "
+                    f"beside {self.loader.num_bytes} bytes of staging"
+                )
+            if slots < pool.num_slots:
+                self.stream.drain()
+                self.store.shrink(0, slots)
+        self._tails[owner] = tail_bytes
+
+    def release(self, owner: int) -> None:
+        """Give back an owner's tails; the last one stops every thread and closes the tiers."""
+        self._tails.pop(owner, None)
+        self._num_users -= 1
+        if self._num_users == 0:
+            try:
+                self.loader.close()
+            finally:
+                self.store.close()
+
+    @property
+    def buffer_chunks(self) -> int:
+        """Chunks that fit in one staging buffer."""
+        return self._buffer_chunks
+
+    def _plan(self, tail_bytes: int, batch: int) -> WorkingSet:
+        capacities = self.config.capacities
+        return plan_working_set(
+            capacities.get("gpu"),
+            capacities.get("cpu") if "disk" in capacities else None,
+            self.layout.slot_bytes,
+            tail_bytes,
+            batch,
+        )
+
+    def _open_staging(self, sizes: WorkingSet) -> None:
+        self._buffer_chunks = sizes.buffer_chunks
+        self.loader = StagingLoader(
+            self.store, sizes.num_buffers, sizes.buffer_chunks, self.device
+        )
+        self.stream = ChunkStream(
+            self.loader, sizes.num_buffers, self.counters, self.config.deadline_s
+        )
+
+    def _build_tiers(self, sizes: WorkingSet, tail_bytes: int) -> list[Tier]:
+        layout, capacities = self.layout, self.config.capacities
+        on_cuda = self.device.type == "cuda"
+        staging = sizes.num_buffers * sizes.buffer_chunks * layout.slot_bytes
+        tiers: list[Tier] = []
+        if "gpu" in capacities:
+            pool = capacities["gpu"] - staging - tail_bytes
+            tiers.append(MemoryTier("gpu", capacity_bytes=pool, layout=layout, device=self.device))
+        if "cpu" in capacities:
+            if "disk" in capacities:
+                self._host_extra_bytes = sizes.num_write_buffers * layout.slot_bytes
+            if on_cuda:
+                self._host_extra_bytes += staging  # the page-locked mirror
+            pool = max(0, capacities["cpu"] - self._host_extra_bytes)
+            host = torch.device("cpu")
+            tiers.append(
+                MemoryTier("cpu", capacity_bytes=pool, layout=layout, device=host, pinned=on_cuda)
+            )
+        if "disk" in capacities:
+            assert self.config.scratch is not None
+            tiers.append(
+                DiskTier(
+                    self.config.scratch.path, capacity_bytes=capacities["disk"], layout=layout
+                )
+            )
+        return tiers

@@ -1,0 +1,58 @@
+"""The exceptions of the runtime.
+
+::
+
+    OffloadError
+    ├── ConfigError (ValueError)        the caller asked for something impossible; nothing was started
+    ├── CapacityError                   a tier cannot hold what was asked
+    ├── ClosedError (RuntimeError)      the object was closed
+    ├── TransferError
+    │   ├── TransferTimeout (TimeoutError)
+    │   └── TransferCancelled
+    └── StorageError (OSError)          the disk refused
+        ├── CorruptChunk                a record is not what was written
+        └── DiskFull                    no space left on the device
+
+Every leaf mixes in the builtin that a caller would already catch. Messages say what was asked,
+what was found, and the number.
+"""
+
+
+class OffloadError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class ConfigError(OffloadError, ValueError):
+    """The request cannot be met as written; raised before any work is done."""
+
+
+class CapacityError(OffloadError):
+    """A tier has no room for what was asked; the chunk stays where it was."""
+
+
+class ClosedError(OffloadError, RuntimeError):
+    """The cache or tier was closed."""
+
+
+class TransferError(OffloadError):
+    """A copy between tiers did not finish; the source still holds the data."""
+
+
+class TransferTimeout(TransferError, TimeoutError):
+    """A transfer missed its deadline. The message names the transfer."""
+
+
+class TransferCancelled(TransferError):
+    """A transfer was cancelled before it moved anything."""
+
+
+class StorageError(OffloadError, OSError):
+    """The file system refused a read or write."""
+
+
+class CorruptChunk(StorageError):
+    """A record on disk is not what was written: truncated, flipped, or another chunk's."""
+
+
+class DiskFull(StorageError):
+    """The device has no space left; the chunk stays in the tier above."""

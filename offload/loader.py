@@ -1,0 +1,190 @@
+"""Fill staging buffers with chunks from whatever tier holds them."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from offload.prefetch.plan import LoadGroup
+from offload.store import ChunkStore
+from offload.tiers.memory import MemoryTier
+from offload.tiers.pool import page_aligned
+from offload.tiers.transfer import FutureTransfer, Transfer
+from offload.types import ChunkId
+
+
+class StagingLoader:
+    """Loads groups of chunks into numbered staging buffers on the device.
+
+    Disk records are read by the disk tier's threads, straight into the buffer where the device is
+    the CPU, else into a page-locked mirror of it; one load thread copies what lies in memory, waits
+    for the disk, and moves the mirror up on a stream of its own. On a CUDA device the compute stream
+    waits for the load by event, and a load waits by event until compute has let go of the buffer.
+
+    Parameters
+    ----------
+    store : ChunkStore
+    num_buffers, buffer_chunks : int
+        The ring: so many buffers of so many slots.
+    device : torch.device
+    """
+
+    def __init__(
+        self, store: ChunkStore, num_buffers: int, buffer_chunks: int, device: torch.device
+    ) -> None:
+        shape = (num_buffers, buffer_chunks, store.layout.slot_bytes)
+        num_bytes = num_buffers * buffer_chunks * store.layout.slot_bytes
+        self._store = store
+        self._streams = _Streams(device, num_buffers)
+        if device.type == "cpu":
+            self.buffers = self._mirror = page_aligned(num_bytes).view(shape)
+        else:
+            self.buffers = torch.empty(shape, dtype=torch.uint8, device=device)
+            self._mirror = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="offload-load")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of staging on the device."""
+        return self.buffers.numel()
+
+    def start(self, group: LoadGroup, buffer: int) -> Transfer:
+        """Begin to fill a buffer with a group; see ``prefetch.stream.Loader``."""
+        unique = list(dict.fromkeys(group.chunks))
+        self._store.table.protect(unique)
+        try:
+            future = self._submit(group.chunks, buffer)
+        except BaseException:
+            self._store.unprotect(unique)
+            raise
+        first = self._store.table[group.chunks[0]].info
+        what = f"load of {len(unique)} chunks of layer {first.layer} from token {first.first_token}"
+        num_bytes = len(unique) * self._store.layout.slot_bytes
+        return FutureTransfer(what, num_bytes, [future], lambda: self._streams.join(buffer))
+
+    def release(self, group: LoadGroup, buffer: int, *, used: bool) -> None:
+        """Let go of a buffer, offering its chunks to faster tiers that have room meanwhile."""
+        unique = list(dict.fromkeys(group.chunks))
+        self._store.unprotect(unique)
+        if used:
+            self._streams.mark_used(buffer)
+            self._store.touch(unique)
+            self._promote(group, buffer)
+
+    def close(self) -> None:
+        """Wait for what is in flight and stop the load thread. Idempotent."""
+        self._executor.shutdown(wait=True)
+
+    def _submit(self, chunks: tuple[ChunkId, ...], buffer: int) -> "Future[None]":
+        """Sort the rows of the buffer by where their bytes are, and start."""
+        target, mirror = self.buffers[buffer], self._mirror[buffer]
+        copies: list[tuple[Tensor, Tensor]] = []
+        from_disk: dict[ChunkId, int] = {}
+        repeats: list[tuple[Tensor, Tensor]] = []
+        first_row: dict[ChunkId, int] = {}
+        for row, chunk in enumerate(chunks):
+            seen = first_row.setdefault(chunk, row)
+            if seen != row:
+                repeats.append((target[row], target[seen]))
+                continue
+            source = self._memory_source(chunk)
+            if source is None:
+                from_disk[chunk] = row
+            else:
+                copies.append((target[row], source))
+        self._streams.before_load(buffer)
+        reading = self._read_disk(from_disk, mirror)
+        lifts = [(target[row], mirror[row]) for row in from_disk.values()]
+        if target.data_ptr() == mirror.data_ptr():
+            lifts = []
+        deadline_s = self._store.deadline_s
+
+        def fill() -> None:
+            with self._streams.loading(buffer):
+                _copy(copies)
+                if reading is not None:
+                    reading.wait(deadline_s)
+                _copy(lifts)
+                _copy(repeats)
+
+        return self._executor.submit(fill)
+
+    def _memory_source(self, chunk: ChunkId) -> Tensor | None:
+        """Return the bytes of a chunk that is in memory, counting the move; None if on disk."""
+        entry = self._store.table[chunk]
+        for level in sorted(entry.slots):
+            tier = self._store.tiers[level]
+            if isinstance(tier, MemoryTier):
+                self._store.counters.add_loaded(tier.name, tier.slot_bytes)
+                return tier.buffer(entry.slots[level])
+        return entry.pending
+
+    def _read_disk(self, rows: dict[ChunkId, int], mirror: Tensor) -> Transfer | None:
+        if not rows:
+            return None
+        level = len(self._store.tiers) - 1
+        tier = self._store.tiers[level]
+        entries = [self._store.table[chunk] for chunk in rows]
+        self._store.counters.add_loaded(tier.name, len(entries) * tier.slot_bytes)
+        return tier.read(
+            [entry.slots[level] for entry in entries],
+            [entry.info for entry in entries],
+            [mirror[row] for row in rows.values()],
+        )
+
+    def _promote(self, group: LoadGroup, buffer: int) -> None:
+        store = self._store
+        for level, tier in enumerate(store.tiers):
+            if not isinstance(tier, MemoryTier) or not tier.num_free:
+                continue
+            on_device = tier.pool.slab.device.type != "cpu"
+            rows = (self.buffers if on_device else self._mirror)[buffer]
+            for row, chunk in enumerate(group.chunks):
+                if not tier.num_free:
+                    break
+                if chunk in store.table and store.level_of(chunk) > level:
+                    store.promote(chunk, level, rows[row])
+
+
+class _Streams:
+    """Orders loads with compute on a CUDA device; on the CPU there is nothing to order."""
+
+    def __init__(self, device: torch.device, num_buffers: int) -> None:
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            self._load = torch.cuda.Stream(device)
+            self._used = [torch.cuda.Event() for _ in range(num_buffers)]
+            self._filled = [torch.cuda.Event() for _ in range(num_buffers)]
+
+    def mark_used(self, buffer: int) -> None:
+        if self._cuda:
+            self._used[buffer].record()
+
+    def before_load(self, buffer: int) -> None:
+        """Make the load stream wait for compute, and for stores into the slots it will read."""
+        if self._cuda:
+            self._filled[buffer].synchronize()  # the mirror may still be on its way up
+            self._load.wait_event(self._used[buffer])
+            self._load.wait_stream(torch.cuda.current_stream())
+
+    @contextmanager
+    def loading(self, buffer: int) -> Iterator[None]:
+        """Queue what runs inside on the load stream."""
+        if not self._cuda:
+            yield
+            return
+        with torch.cuda.stream(self._load):
+            yield
+            self._filled[buffer].record(self._load)
+
+    def join(self, buffer: int) -> None:
+        """Make compute wait for the load."""
+        if self._cuda:
+            torch.cuda.current_stream().wait_event(self._filled[buffer])
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for target, source in pairs:
+        target.copy_(source, non_blocking=True)

@@ -1,0 +1,222 @@
+"""The layers of one cache on an engine. Knows tensors; knows nothing of Hugging Face."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from offload.engine import Engine
+from offload.exact import AttentionCall, PastChunks, attend
+from offload.index.exact import visible_chunks
+from offload.prefetch.plan import LayerPlan, LoadGroup, plan_layer
+from offload.sequence import Appended, LayerSequence, check_states
+from offload.stats import CacheStats, TierStats
+from offload.tiers.pool import grid_view
+from offload.types import ChunkId, SlotId
+
+_PlanKey = tuple[int, int, int, int]
+"""Versions of the row lists and of the store, and the visible range: what a plan depends on."""
+
+
+class Runtime:
+    """The rows of every layer of one cache.
+
+    Forks share the engine and, copy-on-write, the chunks. One thread at a time runs a model on a
+    runtime; forks may run on different threads (they take turns on the engine's lock).
+
+    Parameters
+    ----------
+    engine : Engine
+    num_layers : int
+        Layers expected; the device keeps room for their tails.
+    batch : int
+    """
+
+    def __init__(self, engine: Engine, num_layers: int, batch: int) -> None:
+        self.engine = engine
+        self.layers: dict[int, LayerSequence] = {}
+        self._num_layers = num_layers
+        self._batch = batch
+        self._plans: dict[int, tuple[_PlanKey, LayerPlan]] = {}
+        self._closed = False
+        with engine.lock:
+            engine.reserve_tails(id(self), self._tail_bytes(num_layers, batch), batch)
+            engine.acquire()
+
+    def layer(self, index: int) -> LayerSequence:
+        """Return a layer's sequence, opening it with the current batch if it is new."""
+        if index not in self.layers:
+            if len(self.layers) >= self._num_layers:
+                self._reserve(len(self.layers) + 1, self._batch)
+            sequence = LayerSequence(self.engine.store, index)
+            sequence.open(self._batch, self.engine.device)
+            self.layers[index] = sequence
+        return self.layers[index]
+
+    def append(self, index: int, keys: Tensor, values: Tensor) -> Appended:
+        """Add tokens to a layer; see ``LayerSequence.append``."""
+        with self.engine.lock:
+            sequence = self.layer(index)
+            check_states(keys, values, sequence.tail, index, self.engine.layout.key_dim)
+            return sequence.append(keys, values)
+
+    def attend(self, index: int, call: AttentionCall, appended: Appended) -> Tensor:
+        """Attend with exact results; see ``offload.exact.attend``."""
+        layout = self.engine.layout
+        num_past = appended.num_past_chunks * layout.chunk_tokens
+        with self.engine.lock:
+            past = self._past(index, call, appended)
+            return attend(call, past, appended, num_past, layout.key_dim)
+
+    def select(self, index: int, indices: Sequence[int]) -> None:
+        """Make row ``i`` of one layer a copy of its row ``indices[i]``.
+
+        Raises
+        ------
+        CapacityError
+            The device cannot hold the tails and staging of so many rows. The rows are as before;
+            chunks may have moved down.
+        """
+        with self.engine.lock:
+            if len(indices) > self._batch:
+                self._reserve(max(self._num_layers, len(self.layers)), len(indices))
+            self._batch = len(indices)
+            self.layer(index).select(indices)
+
+    def crop(self, index: int, num_tokens: int) -> None:
+        """Keep the first ``num_tokens`` tokens of every row of one layer."""
+        with self.engine.lock:
+            self.layers[index].crop(num_tokens)
+
+    def read_layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return all keys and values of a layer; see ``LayerSequence.read_all``."""
+        with self.engine.lock:
+            return self.layers[index].read_all()
+
+    def fork(self) -> "Runtime":
+        """Return a copy that shares every chunk with this one; only the tails are copied.
+
+        Raises
+        ------
+        CapacityError
+            The device cannot hold another set of tails.
+        """
+        with self.engine.lock:
+            copy = Runtime(self.engine, max(self._num_layers, len(self.layers)), self._batch)
+            copy.layers = {index: layer.fork() for index, layer in self.layers.items()}
+            return copy
+
+    def stats(self) -> CacheStats:
+        """Return what is where, and what has moved so far, forks included."""
+        with self.engine.lock:
+            return _collect(self)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if tiers, table and row lists disagree. Without forks only."""
+        self.engine.store.check_integrity()
+        table, counted = self.engine.store.table, dict.fromkeys(self.engine.store.table, 0)
+        for sequence in self.layers.values():
+            for row in {id(row): row for row in sequence.tables.rows}.values():
+                for chunk in row:
+                    counted[chunk] += 1
+        for chunk in table:
+            assert table[chunk].ref_count == counted[chunk], f"chunk {chunk}: wrong ref_count"
+        for name, tier in self.stats().tiers.items():
+            assert tier.peak_bytes <= tier.capacity_bytes, f"{name} over capacity"
+
+    def close(self) -> None:
+        """Give back every chunk; the last fork stops the engine. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        with self.engine.lock:
+            try:
+                self.engine.stream.drain()
+                for sequence in self.layers.values():
+                    sequence.close()
+            finally:
+                self.engine.release(id(self))
+
+    def _tail_bytes(self, num_layers: int, batch: int) -> int:
+        return num_layers * batch * self.engine.layout.chunk_bytes
+
+    def _reserve(self, num_layers: int, batch: int) -> None:
+        self.engine.reserve_tails(id(self), self._tail_bytes(num_layers, batch), batch)
+        self._num_layers = num_layers
+
+    def _past(
+        self, index: int, call: AttentionCall, appended: Appended
+    ) -> Iterator[PastChunks]:
+        """Yield the past chunks that the call can see: first those in place, then the streamed."""
+        layout, size = self.engine.layout, self.engine.layout.chunk_tokens
+        num_new = 0 if appended.keys is None else appended.keys.shape[2]
+        total = appended.num_past_chunks * size + appended.tail.shape[2] + num_new
+        first_query = total - call.query.shape[2]
+        visible = visible_chunks(appended.num_past_chunks, size, first_query, call.window)
+        plan = self._plan(index, visible)
+        batch, pool = self._batch, self.engine.device_pool
+        for run in plan.runs:
+            assert pool is not None
+            rows = pool.pool.chunks(run.base, run.strides, (batch, run.count), layout)
+            yield PastChunks(run.start * size, rows)
+        if not plan.groups:
+            return
+        upcoming = self._upcoming(index, call.window)
+        for group, buffer in self.engine.stream.read(plan.groups, upcoming):
+            staged = self.engine.loader.buffers[buffer]
+            rows = grid_view(staged, 0, (1, batch), (batch, group.count), layout)
+            yield PastChunks(group.start * size, rows)
+
+    def _plan(self, index: int, visible: range) -> LayerPlan:
+        tables, store = self.layers[index].tables, self.engine.store
+        key = (tables.version, store.version, visible.start, visible.stop)
+        known = self._plans.get(index)
+        if known is not None and known[0] == key:
+            return known[1]
+        rows = [row[: visible.stop] for row in tables.rows]
+        slots = [[self._device_slot(chunk) for chunk in row] for row in rows]
+        plan = plan_layer(rows, slots, self.engine.buffer_chunks, visible.start)
+        self._plans[index] = (key, plan)
+        return plan
+
+    def _device_slot(self, chunk: ChunkId) -> SlotId | None:
+        slots = self.engine.store.table[chunk].slots
+        return slots.get(0) if self.engine.device_pool is not None else None
+
+    def _upcoming(self, index: int, window: int | None) -> Sequence[LoadGroup]:
+        """Guess what is read after this layer: the next one, or the first one of the next step."""
+        order = list(self.layers)
+        following = order[(order.index(index) + 1) % len(order)]
+        sequence, size = self.layers[following], self.engine.layout.chunk_tokens
+        past = sequence.tables.num_positions
+        visible = visible_chunks(past, size, sequence.num_tokens, window)
+        return self._plan(following, visible).groups
+
+
+def _collect(runtime: Runtime) -> CacheStats:
+    engine = runtime.engine
+    counters, table = engine.counters, engine.store.table
+    tiers = {}
+    for level, tier in enumerate(engine.tiers):
+        beside = engine.beside_chunks_bytes(tier.name)
+        tiers[tier.name] = TierStats(
+            used_bytes=tier.used_bytes + beside,
+            peak_bytes=engine.store.peak_bytes(level) + beside,
+            capacity_bytes=engine.config.capacities[tier.name],
+            num_chunks=sum(level in table[chunk].slots for chunk in table),
+            loaded_bytes=counters.loaded_bytes.get(tier.name, 0),
+            stored_bytes=counters.stored_bytes.get(tier.name, 0),
+        )
+    asked = counters.prefetched_groups + counters.demanded_groups
+    return CacheStats(
+        tiers=tiers,
+        num_tokens=max((s.num_tokens for s in runtime.layers.values()), default=0),
+        num_chunks=len(table),
+        tail_bytes=engine.tail_bytes,
+        staging_bytes=engine.loader.num_bytes,
+        load_wait_s=counters.load_wait_s,
+        store_wait_s=counters.store_wait_s,
+        prefetch_hit_rate=counters.prefetched_groups / asked if asked else 0.0,
+        promoted_chunks=counters.promoted_chunks,
+        demoted_chunks=counters.demoted_chunks,
+    )

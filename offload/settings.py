@@ -1,0 +1,82 @@
+"""Check what the user asked for before any work is done."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from offload.config import parse_size
+from offload.engine import EngineConfig
+from offload.errors import ConfigError
+from offload.machine import default_capacities
+from offload.presets import find_preset
+from offload.tiers.scratch import ScratchDir
+
+TIERS = ("gpu", "cpu", "disk")
+
+
+def check_tiers(tiers: object) -> tuple[str, ...]:
+    """Return the tiers as a tuple, or raise ConfigError saying what is wrong with them."""
+    if isinstance(tiers, str) or not isinstance(tiers, Sequence):
+        raise ConfigError(f"tiers must be a list such as {list(TIERS)}, not {tiers!r}")
+    if not tiers:
+        raise ConfigError(f"tiers is empty; choose at least one of {list(TIERS)}")
+    for tier in tiers:
+        if tier not in TIERS:
+            raise ConfigError(f"unknown tier {tier!r}; known: {', '.join(TIERS)}")
+    if len(set(tiers)) < len(tiers):
+        raise ConfigError(f"a tier appears twice in {list(tiers)}")
+    ordered = tuple(tier for tier in TIERS if tier in tiers)
+    if tuple(tiers) != ordered:
+        raise ConfigError(f"tiers {list(tiers)} are not in order; fastest first: {list(ordered)}")
+    return ordered
+
+
+def check_chunk_tokens(chunk_tokens: object) -> int:
+    """Return ``chunk_tokens``, or raise ConfigError if it is not a positive integer."""
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+        raise ConfigError(f"chunk_tokens must be a positive integer, not {chunk_tokens!r}")
+    return chunk_tokens
+
+
+def check_capacity(
+    tiers: Sequence[str], capacity: Mapping[str, int | str] | None, disk_path: Path | None
+) -> dict[str, int]:
+    """Return the capacity of every tier in bytes, measuring the machine for those not given."""
+    given = {}
+    if capacity is not None and not isinstance(capacity, Mapping):
+        raise ConfigError(f"capacity must map tiers to sizes, not {capacity!r}")
+    for tier, size in (capacity or {}).items():
+        if tier not in tiers:
+            raise ConfigError(f"capacity names tier {tier!r}, but the tiers are {list(tiers)}")
+        given[tier] = parse_size(size)
+    missing = [tier for tier in tiers if tier not in given]
+    defaults = default_capacities(missing, disk_path) if missing else {}
+    return {tier: given[tier] if tier in given else defaults[tier] for tier in tiers}
+
+
+def check_settings(
+    tiers: object,
+    policy: str,
+    capacity: Mapping[str, int | str] | None,
+    disk_path: str | Path | None,
+    chunk_tokens: object,
+) -> EngineConfig:
+    """Turn the arguments of ``OffloadedCache`` into an engine's configuration.
+
+    The private folder of the disk tier is made here, so that a path that cannot be written is an
+    error before the model runs.
+
+    Raises
+    ------
+    ConfigError
+        Says what was given and what would do.
+    """
+    names = check_tiers(tiers)
+    preset = find_preset(policy)
+    tokens = check_chunk_tokens(chunk_tokens)
+    if disk_path is not None and "disk" not in names:
+        raise ConfigError(f"disk_path={str(disk_path)!r} needs the tier 'disk'; tiers: {names}")
+    path = None if disk_path is None else Path(disk_path)
+    capacities = check_capacity(names, capacity, path)
+    scratch = ScratchDir(path) if "disk" in names else None
+    return EngineConfig(capacities, preset, tokens, scratch)
+

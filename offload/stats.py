@@ -1,0 +1,98 @@
+"""Counters of one cache, and the frozen view of them that ``cache.stats()`` hands out."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since the cache was made. Written by the thread that runs the model.
+
+    Attributes
+    ----------
+    loaded_bytes, stored_bytes : dict
+        Tier name to bytes read from it toward the device, and written into it.
+    load_wait_s : float
+        Time the model stood still for a load.
+    store_wait_s : float
+        Time the model stood still because the disk could not keep up (backpressure).
+    prefetched_groups, demanded_groups : int
+        Loads that were under way before they were asked for, and loads that were not.
+    failed_prefetches : int
+        Loads that failed but were not needed after all.
+    promoted_chunks, demoted_chunks : int
+        Chunks moved one tier up and down after their first placement.
+    """
+
+    loaded_bytes: dict[str, int] = field(default_factory=dict)
+    stored_bytes: dict[str, int] = field(default_factory=dict)
+    load_wait_s: float = 0.0
+    store_wait_s: float = 0.0
+    prefetched_groups: int = 0
+    demanded_groups: int = 0
+    failed_prefetches: int = 0
+    promoted_chunks: int = 0
+    demoted_chunks: int = 0
+
+    def add_loaded(self, tier: str, num_bytes: int) -> None:
+        """Count bytes read from a tier."""
+        self.loaded_bytes[tier] = self.loaded_bytes.get(tier, 0) + num_bytes
+
+    def add_stored(self, tier: str, num_bytes: int) -> None:
+        """Count bytes written into a tier."""
+        self.stored_bytes[tier] = self.stored_bytes.get(tier, 0) + num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """One tier at one moment.
+
+    Attributes
+    ----------
+    used_bytes, peak_bytes, capacity_bytes : int
+        Occupied now, at most so far, and at most ever. The device counts the growing last chunks
+        and the staging buffers, the disk its record headers.
+    num_chunks : int
+        Chunks that can be read from the tier now.
+    loaded_bytes, stored_bytes : int
+        Moved out of it toward the device, and into it, so far.
+    """
+
+    used_bytes: int
+    peak_bytes: int
+    capacity_bytes: int
+    num_chunks: int
+    loaded_bytes: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """What ``cache.stats()`` returns.
+
+    Attributes
+    ----------
+    tiers : dict of str to TierStats
+        By the names given to ``OffloadedCache``.
+    num_tokens : int
+        Tokens in the cache, per row.
+    num_chunks : int
+        Distinct chunks, shared ones counted once.
+    tail_bytes, staging_bytes : int
+        The growing last chunks, and the buffers that chunks stream through.
+    load_wait_s, store_wait_s : float
+        Time the model stood still for a load, and for a store.
+    prefetch_hit_rate : float
+        Share of streamed groups whose load had started before they were asked for.
+    promoted_chunks, demoted_chunks : int
+    """
+
+    tiers: dict[str, TierStats]
+    num_tokens: int
+    num_chunks: int
+    tail_bytes: int
+    staging_bytes: int
+    load_wait_s: float
+    store_wait_s: float
+    prefetch_hit_rate: float
+    promoted_chunks: int
+    demoted_chunks: int

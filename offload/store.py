@@ -1,0 +1,364 @@
+"""The tiered store: puts chunks where there is room, moves them down and up, never loses one."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from offload.errors import CapacityError, OffloadError
+from offload.stats import Counters
+from offload.table import ChunkTable, Entry
+from offload.tiers.base import Tier
+from offload.tiers.eviction import EvictionPolicy
+from offload.tiers.memory import MemoryTier
+from offload.tiers.pool import as_chunk, grid_view, page_aligned
+from offload.types import ChunkId, ChunkLayout, SlotId
+from offload.write_queue import WriteQueue, settle
+
+
+class ChunkStore:
+    """Chunks on an ordered list of tiers, fastest first.
+
+    A chunk is in at least one tier, or in a write buffer on its way to the disk, from the moment
+    ``put`` returns until its last reference is released ("never in neither"). A failed store leaves
+    it in the buffer or the upper tier; a failed load leaves it in the lower one.
+
+    Only the thread that runs the model calls methods; see ``WriteQueue`` for what happens behind.
+
+    Parameters
+    ----------
+    tiers : sequence of Tier
+        Memory tiers first; at most one disk tier, last.
+    policies : sequence of EvictionPolicy
+        One per tier.
+    layout : ChunkLayout
+    write_buffers : sequence of Tensor, uint8 [slot_bytes]
+        Page-aligned host memory; needed with a disk tier only.
+    counters : Counters
+    deadline_s : float
+        Longest wait for one transfer.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        policies: Sequence[EvictionPolicy],
+        layout: ChunkLayout,
+        write_buffers: Sequence[Tensor],
+        counters: Counters,
+        deadline_s: float,
+    ) -> None:
+        self.tiers = list(tiers)
+        self.layout = layout
+        self.table = ChunkTable()
+        self.counters = counters
+        self.deadline_s = deadline_s
+        self.version = 0
+        """Grows whenever a chunk changes place; plans made for an older version are stale."""
+        self._policies = list(policies)
+        self._peaks = [0] * len(self.tiers)
+        self._queue: WriteQueue | None = None
+        if not isinstance(self.tiers[-1], MemoryTier):
+            disk = len(self.tiers) - 1
+            self._queue = WriteQueue(
+                self.tiers[disk],
+                self.table,
+                write_buffers,
+                counters,
+                deadline_s,
+                lambda chunk, slot: self._arrive(chunk, disk, slot),
+                self.unprotect,
+            )
+
+    def put(
+        self, layer: int, first_token: int, keys: Tensor, values: Tensor
+    ) -> list[list[ChunkId]]:
+        """Store whole chunks of one layer, for all rows of a batch.
+
+        Parameters
+        ----------
+        layer : int
+        first_token : int
+            Position of the first token.
+        keys, values : Tensor, shape (batch, num_kv_heads, num_chunks * chunk_tokens, dim)
+
+        Returns
+        -------
+        list of list of ChunkId
+            By position, then by row; one reference each.
+
+        Raises
+        ------
+        CapacityError
+            No tier has room. Nothing was stored.
+        DiskFull, StorageError, TransferTimeout
+            The disk failed. Nothing of this call is kept; chunks of earlier calls are where they
+            were, or readable from their write buffers.
+        """
+        source = _split(keys, values, self.layout.chunk_tokens)
+        batch, num_chunks = source.keys.shape[:2]
+        self.reap()
+        if batch * num_chunks > sum(tier.num_free for tier in self.tiers):
+            raise self._full(batch * num_chunks)
+        placed: list[list[ChunkId]] = []
+        try:
+            for level in range(len(self.tiers)):
+                start = len(placed)
+                count = self._positions_with_room(level, num_chunks - start, batch)
+                if count:
+                    token = first_token + start * self.layout.chunk_tokens
+                    part = _Source(*(x[:, start : start + count] for x in source))
+                    placed += self._place(level, layer, token, part)
+            if len(placed) < num_chunks:
+                raise self._full(batch * (num_chunks - len(placed)))
+        except OffloadError:
+            self.release(chunk for row in placed for chunk in row)
+            raise
+        return placed
+
+    def release(self, chunks: Iterable[ChunkId]) -> None:
+        """Drop one reference from each chunk; free those that nobody needs."""
+        self._bury(self.table.release(chunks))
+
+    def unprotect(self, chunks: Iterable[ChunkId]) -> None:
+        """Undo ``table.protect``; a chunk released meanwhile is freed now."""
+        self._bury(self.table.unprotect(chunks))
+
+    def touch(self, chunks: Iterable[ChunkId]) -> None:
+        """Tell the eviction policies that chunks were read."""
+        chunks = list(chunks)
+        for policy in self._policies:
+            policy.touch(chunks)
+
+    def read_chunk(self, chunk: ChunkId) -> Tensor:
+        """Return a copy of one chunk, ``[num_kv_heads, chunk_tokens, row_dim]``, on the host."""
+        entry, out = self.table[chunk], page_aligned(self.layout.slot_bytes)
+        if entry.pending is not None:
+            out.copy_(entry.pending)
+        else:
+            level = self.level_of(chunk)
+            tier = self.tiers[level]
+            tier.read([entry.slots[level]], [entry.info], [out]).wait(self.deadline_s)
+            settle()
+        return as_chunk(out, self.layout)
+
+    def level_of(self, chunk: ChunkId) -> int:
+        """Return the fastest level that holds a chunk; the number of tiers if only a buffer does."""
+        return min(self.table[chunk].slots, default=len(self.tiers))
+
+    def promote(self, chunk: ChunkId, level: int, content: Tensor) -> bool:
+        """Copy a chunk that was just loaded into a free slot of a faster memory tier.
+
+        A copy on the disk stays, so that leaving the faster tier again costs nothing; one in memory
+        is dropped, because memory is what is scarce.
+
+        Parameters
+        ----------
+        chunk : ChunkId
+        level : int
+        content : Tensor, uint8 [slot_bytes]
+            The chunk's bytes, on a device that the tier can copy from.
+
+        Returns
+        -------
+        bool
+            Whether there was a free slot, and the chunk was not there already.
+        """
+        tier, entry = self.tiers[level], self.table[chunk]
+        if level >= self.level_of(chunk) or not entry.slots or not tier.num_free:
+            return False
+        slots = tier.allocate(1)
+        tier.write(slots, [entry.info], [content]).wait(self.deadline_s)
+        for lower in list(entry.slots):
+            if isinstance(self.tiers[lower], MemoryTier) and chunk not in self.table.protected:
+                self._drop_copy(chunk, entry, lower)
+        self._arrive(chunk, level, slots[0])
+        self.counters.promoted_chunks += 1
+        return True
+
+    def shrink(self, level: int, num_slots: int) -> None:
+        """Shrink a memory tier to ``num_slots``, moving what no longer fits one tier down.
+
+        Raises
+        ------
+        CapacityError
+            The tiers below are full. The tier may have shrunk part of the way.
+        """
+        tier = self.tiers[level]
+        assert isinstance(tier, MemoryTier)
+        tier.pool.shrink(num_slots)
+        beyond = [
+            chunk for chunk in self.table if self.table[chunk].slots.get(level, -1) >= num_slots
+        ]
+        for chunk in beyond:
+            self._move(chunk, level, level if tier.num_free else self._level_below(level))
+
+    def reap(self) -> None:
+        """Book the stores that have finished; raises if one failed."""
+        if self._queue is not None:
+            self._queue.reap()
+
+    def drain(self) -> None:
+        """Wait for every store in flight; raises if one failed."""
+        if self._queue is not None:
+            self._queue.drain()
+
+    def peak_bytes(self, level: int) -> int:
+        """Return the most bytes a tier has held, stores in flight included."""
+        if self._queue is not None and level == len(self.tiers) - 1:
+            return max(self._queue.peak_bytes, self._peaks[level])
+        return self._peaks[level]
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a tier or the table is inconsistent."""
+        for level, tier in enumerate(self.tiers):
+            tier.check_integrity()
+            held = [e.slots[level] for e in map(self.table.__getitem__, self.table) if level in e.slots]
+            assert len(set(held)) == len(held), f"{tier.name}: two chunks in one slot"
+        for chunk in self.table:
+            entry = self.table[chunk]
+            assert entry.slots or entry.pending is not None, f"chunk {chunk} is in no tier"
+
+    def close(self) -> None:
+        """Wait for what is in flight and close every tier, whatever fails. Idempotent."""
+        for tier in reversed(self.tiers):
+            tier.close()
+
+    def _full(self, needed: int) -> CapacityError:
+        free = ", ".join(f"{tier.name} {tier.num_free} of {tier.num_slots}" for tier in self.tiers)
+        return CapacityError(
+            f"no room for {needed} more chunks of {self.layout.slot_bytes} bytes; "
+            f"free slots: {free}; raise a capacity or add a tier"
+        )
+
+    def _positions_with_room(self, level: int, wanted: int, batch: int) -> int:
+        """Return how many positions of ``batch`` chunks fit now, after the policy made room."""
+        tier = self.tiers[level]
+        missing = wanted * batch - tier.num_free
+        if missing > 0 and level + 1 < len(self.tiers):
+            for victim in self._policies[level].victims(missing, self.table.protected):
+                self._move(victim, level, self._level_below(level))
+        return min(wanted, tier.num_free // batch)
+
+    def _place(
+        self, level: int, layer: int, first_token: int, source: "_Source"
+    ) -> list[list[ChunkId]]:
+        """Store ``[batch, num_chunks, ...]`` in one tier; the room is there."""
+        batch, count = source.keys.shape[:2]
+        step = self.layout.chunk_tokens
+        ids = [
+            [self.table.create(layer, first_token + i * step) for _ in range(batch)]
+            for i in range(count)
+        ]
+        flat = [chunk for row in ids for chunk in row]
+        tier = self.tiers[level]
+        if isinstance(tier, MemoryTier):
+            slots = tier.allocate(len(flat))
+            self._fill_slots(tier, slots, source)
+            self.counters.add_stored(tier.name, len(slots) * tier.slot_bytes)
+            for chunk, slot in zip(flat, slots, strict=True):
+                self._arrive(chunk, level, slot)
+            return ids
+        try:
+            self._write_behind(flat, source)
+        except BaseException:
+            self._bury_unplaced(flat)
+            raise
+        return ids
+
+    def _fill_slots(self, tier: MemoryTier, slots: list[SlotId], source: "_Source") -> None:
+        batch, count = source.keys.shape[:2]
+        if slots[-1] - slots[0] == len(slots) - 1:
+            grid = grid_view(tier.pool.slab, slots[0], (1, batch), (batch, count), self.layout)
+            self._fill(grid, source.keys, source.values)
+            return
+        for i, slot in enumerate(slots):
+            row, position = i % batch, i // batch
+            chunk = tier.pool.chunk(slot, self.layout)
+            self._fill(chunk, source.keys[row, position], source.values[row, position])
+
+    def _write_behind(self, chunks: list[ChunkId], source: "_Source") -> None:
+        assert self._queue is not None
+        batch = source.keys.shape[0]
+        for start in range(0, len(chunks), self._queue.burst):
+            part = chunks[start : start + self._queue.burst]
+            buffers = self._queue.take_buffers(len(part))
+            for i, buffer in enumerate(buffers, start):
+                row, position = i % batch, i // batch
+                chunk = as_chunk(buffer, self.layout)
+                self._fill(chunk, source.keys[row, position], source.values[row, position])
+            self._queue.submit(part, buffers)
+
+    def _fill(self, target: Tensor, keys: Tensor, values: Tensor) -> None:
+        target[..., : self.layout.key_dim].copy_(keys, non_blocking=True)
+        target[..., self.layout.key_dim :].copy_(values, non_blocking=True)
+
+    def _bury_unplaced(self, chunks: list[ChunkId]) -> None:
+        """Undo the creation of chunks whose call failed half-way."""
+        for chunk in chunks:
+            if not self.table[chunk].slots and self.table[chunk].pending is None:
+                self.table.forget(chunk)
+            else:
+                self.release([chunk])
+
+    def _move(self, chunk: ChunkId, level: int, target: int) -> None:
+        """Move a chunk from a memory tier to a slot in ``target``, which has room."""
+        entry = self.table[chunk]
+        source, tier = self.tiers[level], self.tiers[target]
+        assert isinstance(source, MemoryTier)
+        content = source.buffer(entry.slots[level])
+        if target != level:
+            self.counters.demoted_chunks += 1
+        if any(lower > level for lower in entry.slots):
+            self._drop_copy(chunk, entry, level)
+        elif isinstance(tier, MemoryTier):
+            slots = tier.allocate(1)
+            tier.write(slots, [entry.info], [content]).wait(self.deadline_s)
+            self.counters.add_stored(tier.name, tier.slot_bytes)
+            self._drop_copy(chunk, entry, level)
+            self._arrive(chunk, target, slots[0])
+        else:
+            assert self._queue is not None
+            [buffer] = self._queue.take_buffers(1)
+            buffer.copy_(content, non_blocking=True)
+            self._queue.submit([chunk], [buffer])
+            self._drop_copy(chunk, entry, level)
+
+    def _level_below(self, level: int) -> int:
+        """Return the next level down with a free slot, after its policy made room."""
+        for lower in range(level + 1, len(self.tiers)):
+            if self._positions_with_room(lower, 1, 1):
+                return lower
+        raise self._full(1)
+
+    def _arrive(self, chunk: ChunkId, level: int, slot: SlotId) -> None:
+        self.table[chunk].slots[level] = slot
+        self._policies[level].insert(chunk)
+        self._peaks[level] = max(self._peaks[level], self.tiers[level].used_bytes)
+        self.version += 1
+
+    def _drop_copy(self, chunk: ChunkId, entry: Entry, level: int) -> None:
+        self.tiers[level].free([entry.slots.pop(level)])
+        self._policies[level].remove(chunk)
+        self.version += 1
+
+    def _bury(self, dead: Iterable[ChunkId]) -> None:
+        for chunk in dead:
+            entry = self.table.forget(chunk)
+            for level in list(entry.slots):
+                self._drop_copy(chunk, entry, level)
+            if entry.pending is not None and self._queue is not None:
+                self._queue.give_back(entry.pending)
+
+
+class _Source(NamedTuple):
+    """Keys and values as chunks, ``[batch, num_chunks, num_kv_heads, chunk_tokens, dim]``."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def _split(keys: Tensor, values: Tensor, chunk_tokens: int) -> _Source:
+    return _Source(
+        *(x.unflatten(2, (-1, chunk_tokens)).transpose(1, 2) for x in (keys, values))
+    )

@@ -1,0 +1,122 @@
+"""Which chunks of a layer are attended where they are, and which stream through staging. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from offload.types import ChunkId, SlotId
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentRun:
+    """Chunks attended in place: a regular grid of device slots.
+
+    Attributes
+    ----------
+    start, count : int
+        Positions in the sequence, in chunks.
+    base : int
+        Slot of the first row's first chunk.
+    strides : tuple of int
+        Slots between neighbouring rows, and between neighbouring positions.
+    """
+
+    start: int
+    count: int
+    base: int
+    strides: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadGroup:
+    """Chunks that pass through one staging buffer together.
+
+    Attributes
+    ----------
+    start, count : int
+        Positions in the sequence, in chunks.
+    chunks : tuple of ChunkId
+        Position by position, then row by row. A chunk that rows share appears once for each.
+    """
+
+    start: int
+    count: int
+    chunks: tuple[ChunkId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """How one layer's past is read: runs in place, groups through staging, in order."""
+
+    runs: tuple[ResidentRun, ...]
+    groups: tuple[LoadGroup, ...]
+
+
+def plan_layer(
+    rows: Sequence[Sequence[ChunkId]],
+    device_slots: Sequence[Sequence[SlotId | None]],
+    max_group_chunks: int,
+    first: int = 0,
+) -> LayerPlan:
+    """Split the past of one layer into runs and groups.
+
+    Parameters
+    ----------
+    rows : sequence of sequence of ChunkId
+        For each row of the batch, its chunks in order; all rows are equally long.
+    device_slots : same shape
+        The device slot of each chunk, or None where it has to be loaded.
+    max_group_chunks : int
+        Chunks that fit in one staging buffer, at least the batch size.
+    first : int
+        Position to start from; earlier ones are hidden by a sliding window.
+    """
+    batch, total = len(rows), len(rows[0]) if rows else 0
+    per_group = max(1, max_group_chunks // max(1, batch))
+    runs: list[ResidentRun] = []
+    groups: list[LoadGroup] = []
+    position = first
+    while position < total:
+        column = [slots[position] for slots in device_slots]
+        if None in column:
+            stop = position + 1
+            while stop < min(total, position + per_group) and None in (
+                slots[stop] for slots in device_slots
+            ):
+                stop += 1
+            chunks = tuple(row[i] for i in range(position, stop) for row in rows)
+            groups.append(LoadGroup(position, stop - position, chunks))
+        else:
+            run = _longest_run(device_slots, position, total)
+            if run is None:
+                chunks = tuple(row[position] for row in rows)
+                groups.append(LoadGroup(position, 1, chunks))
+                stop = position + 1
+            else:
+                runs.append(run)
+                stop = position + run.count
+        position = stop
+    return LayerPlan(tuple(runs), tuple(groups))
+
+
+def _longest_run(
+    device_slots: Sequence[Sequence[SlotId | None]], start: int, total: int
+) -> ResidentRun | None:
+    """Return the longest regular grid that starts here, or None if not even one position is one."""
+    column = [slots[start] for slots in device_slots]
+    base = column[0]
+    assert base is not None
+    row_stride = (column[1] or 0) - base if len(column) > 1 else 0
+    if any(slot != base + i * row_stride for i, slot in enumerate(column)) or row_stride < 0:
+        return None
+    count, step = 1, 0
+    while start + count < total:
+        column = [slots[start + count] for slots in device_slots]
+        if column[0] is None:
+            break
+        if count == 1:
+            step = column[0] - base
+        expected = base + count * step
+        if step <= 0 or any(slot != expected + i * row_stride for i, slot in enumerate(column)):
+            break
+        count += 1
+    return ResidentRun(start, count, base, (row_stride, step if count > 1 else 0))

@@ -1,0 +1,67 @@
+"""Fails a test that leaves a thread, an open file or a temporary file behind."""
+
+import contextlib
+import gc
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_OPEN_FILES = Path("/proc/self/fd")
+_GRACE_S = 5.0
+
+
+@contextlib.contextmanager
+def no_leaks(temporary_files: Path) -> Iterator[None]:
+    """Compare threads, descriptors and temporary files before and after the body.
+
+    Temporary files are sent to a directory of their own: the shared one also holds the files of
+    other processes.
+
+    Parameters
+    ----------
+    temporary_files : Path
+        An existing, empty directory, where ``tempfile`` writes during the body.
+
+    Raises
+    ------
+    AssertionError
+        Something was left behind; the message names each thing.
+    """
+    threads = set(threading.enumerate())
+    descriptors = _open_descriptors()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(temporary_files))
+        patch.setenv("TMPDIR", str(temporary_files))
+        yield
+    leaks = [f"thread {name}" for name in _threads_since(threads)]
+    # Descriptors close when their owner is collected, which a reference cycle may put off.
+    gc.collect()
+    leaks += [
+        f"descriptor {number} -> {target}"
+        for number, target in _open_descriptors().items()
+        if descriptors.get(number) != target
+    ]
+    leaks += [f"temporary file {path}" for path in sorted(temporary_files.rglob("*"))]
+    assert not leaks, "left behind: " + "; ".join(leaks)
+
+
+def _threads_since(before: set[threading.Thread]) -> list[str]:
+    started = set(threading.enumerate()) - before
+    for thread in started:
+        # A thread that was told to stop may still be on its way out.
+        thread.join(_GRACE_S)
+    return sorted(thread.name for thread in started if thread.is_alive())
+
+
+def _open_descriptors() -> dict[str, str]:
+    if not _OPEN_FILES.is_dir():
+        return {}
+    found = {}
+    for entry in list(_OPEN_FILES.iterdir()):
+        # The descriptor that lists the directory is gone by the time it is read.
+        with contextlib.suppress(FileNotFoundError):
+            found[entry.name] = str(entry.readlink())
+    return found

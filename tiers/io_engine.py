@@ -1,0 +1,286 @@
+"""Execute disk I/O: a small pool of threads, and system calls that finish what they begin."""
+
+import errno
+import mmap
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from offload.errors import (
+    ClosedError,
+    ConfigError,
+    CorruptChunk,
+    DiskFull,
+    StorageError,
+    TransferTimeout,
+)
+from offload.tiers.io_plan import MAX_OP_BUFFERS
+from offload.types import PAGE_BYTES
+
+Job = Callable[[memoryview], None]
+"""Work for one thread. Its argument is the thread's own page-aligned scratch memory."""
+
+VectoredCall = Callable[[int, Sequence[memoryview], int], int]
+"""``os.preadv`` or ``os.pwritev``: (fd, buffers, offset) to bytes moved."""
+
+SCRATCH_PAGES = MAX_OP_BUFFERS // 2
+"""Header pages of the largest operation: every record takes a header and a payload buffer."""
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_REFUSES_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
+
+
+class IoEngine:
+    """Runs jobs on a few threads, reads before writes, each kind in the order of arrival.
+
+    Invariant: every job accepted by ``submit`` runs exactly once or is cancelled; ``close`` returns
+    only when no thread is left. Any thread may call any method.
+
+    Parameters
+    ----------
+    num_threads : int
+    max_queued : int
+        Jobs waiting for a thread; a batch that does not fit waits, unless the queue is empty.
+    deadline_s : float
+        Longest wait for room in the queue, and for the jobs that are left at ``close``.
+    """
+
+    def __init__(
+        self, num_threads: int = 4, *, max_queued: int = 256, deadline_s: float = 60.0
+    ) -> None:
+        if num_threads < 1:
+            raise ConfigError(f"disk I/O needs at least one thread, not {num_threads}")
+        self.num_threads = num_threads
+        self.max_queued = max_queued
+        self.deadline_s = deadline_s
+        self._changed = threading.Condition()
+        self._urgent: deque[_Task] = deque()
+        self._patient: deque[_Task] = deque()
+        self._closing = False
+        self._threads = [
+            # Daemons, because one stuck in a dead disk must not keep the process from ending.
+            threading.Thread(target=self._serve, name=f"offload-disk-{i}", daemon=True)
+            for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, jobs: Sequence[Job], *, urgent: bool) -> list[Future[None]]:
+        """Queue a batch of jobs, all or none.
+
+        Parameters
+        ----------
+        jobs : sequence of callable
+        urgent : bool
+            Run before everything that is not urgent.
+
+        Returns
+        -------
+        list of Future
+            One per job. Cancelling one that has not started keeps it from running.
+
+        Raises
+        ------
+        ClosedError
+        TransferTimeout
+            No room in the queue within ``deadline_s``.
+        """
+        tasks = [_Task(job) for job in jobs]
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._admits(len(tasks)), self.deadline_s):
+                raise TransferTimeout(
+                    f"{len(tasks)} disk operations found no room for {self.deadline_s} s: "
+                    f"{self._num_queued} queued, at most {self.max_queued}"
+                )
+            if self._closing:
+                raise ClosedError("the disk I/O engine is closed")
+            (self._urgent if urgent else self._patient).extend(tasks)
+            self._changed.notify_all()
+        return [task.future for task in tasks]
+
+    def close(self) -> None:
+        """Finish what was queued, then stop the threads. Idempotent.
+
+        Raises
+        ------
+        TransferTimeout
+            A job was still running after ``deadline_s``. Its thread was left behind.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        deadline = time.monotonic() + self.deadline_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        stuck = [thread.name for thread in self._threads if thread.is_alive()]
+        if stuck:
+            raise TransferTimeout(
+                f"disk I/O still running {self.deadline_s} s after close: {', '.join(stuck)}"
+            )
+
+    @property
+    def _num_queued(self) -> int:
+        return len(self._urgent) + len(self._patient)
+
+    def _admits(self, n: int) -> bool:
+        queued = self._num_queued
+        return self._closing or queued == 0 or queued + n <= self.max_queued
+
+    def _serve(self) -> None:
+        scratch = memoryview(mmap.mmap(-1, SCRATCH_PAGES * PAGE_BYTES))
+        while (task := self._next()) is not None:
+            task.run(scratch)
+            del task  # else the buffers of the last job live until the next one comes
+
+    def _next(self) -> "_Task | None":
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_queued > 0 or self._closing)
+            if not self._num_queued:
+                return None
+            task = (self._urgent or self._patient).popleft()
+            self._changed.notify_all()
+            return task
+
+
+class _Task:
+    """A job and the future that tells how it went."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.future: Future[None] = Future()
+
+    def run(self, scratch: memoryview) -> None:
+        future = self.future
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            self._job(scratch)
+        except BaseException as error:
+            future.set_exception(error)
+            # The traceback refers to this frame: without this, a cycle keeps the buffers alive.
+            del self, future
+        else:
+            future.set_result(None)
+
+
+def read_fully(
+    fd: int, buffers: Sequence[memoryview], offset: int, what: str, preadv: VectoredCall = os.preadv
+) -> None:
+    """Fill buffers from a file, however many calls that takes.
+
+    Parameters
+    ----------
+    fd : int
+    buffers : sequence of memoryview, uint8
+        With ``O_DIRECT``: page-aligned, and whole pages.
+    offset : int
+    what : str
+        Names the read in an error.
+    preadv : callable
+
+    Raises
+    ------
+    CorruptChunk
+        The file ends too early.
+    StorageError
+        The system call failed.
+    """
+    missing = _move_all(fd, buffers, offset, what, preadv)
+    if missing:
+        raise CorruptChunk(f"{what}: the file ends {missing} bytes too early")
+
+
+def write_fully(
+    fd: int,
+    buffers: Sequence[memoryview],
+    offset: int,
+    what: str,
+    pwritev: VectoredCall = os.pwritev,
+) -> None:
+    """Write buffers to a file, however many calls that takes.
+
+    Parameters
+    ----------
+    fd, buffers, offset, what, pwritev
+        As in ``read_fully``.
+
+    Raises
+    ------
+    DiskFull
+        No space, quota or file size left.
+    StorageError
+        The system call failed, or stopped moving bytes.
+    """
+    missing = _move_all(fd, buffers, offset, what, pwritev)
+    if missing:
+        raise StorageError(errno.EIO, f"{what}: the system stopped {missing} bytes short")
+
+
+def as_storage_error(error: OSError, what: str) -> StorageError:
+    """Return our error for one of the operating system, with its ``errno``."""
+    kind = DiskFull if error.errno in _FULL else StorageError
+    return kind(error.errno, f"{what}: {error.strerror or error}")
+
+
+def supports_direct_io(directory: Path) -> bool:
+    """Return whether ``O_DIRECT`` works in a directory, by writing and reading one page.
+
+    Raises
+    ------
+    ConfigError
+        No file can be written there at all.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    path = directory / f".probe-{os.getpid()}-{threading.get_ident()}"
+    page = mmap.mmap(-1, PAGE_BYTES)
+    try:
+        os.close(os.open(path, flags, 0o600))
+        try:
+            fd = os.open(path, os.O_RDWR | getattr(os, "O_DIRECT", 0) | os.O_CLOEXEC)
+            try:
+                return os.pwritev(fd, [page], 0) == os.preadv(fd, [page], 0) == PAGE_BYTES
+            finally:
+                os.close(fd)
+        finally:
+            os.unlink(path)
+    except OSError as error:
+        if error.errno in _REFUSES_DIRECT:
+            return False
+        raise ConfigError(f"cannot write in {directory}: {error.strerror}") from error
+
+
+def _move_all(
+    fd: int, buffers: Sequence[memoryview], offset: int, what: str, call: VectoredCall
+) -> int:
+    """Call until every byte has moved or no more do; return how many are missing."""
+    total = sum(len(buffer) for buffer in buffers)
+    reached = 0
+    while reached < total:
+        # O_DIRECT only takes whole pages, so a call that stopped inside one is begun there again.
+        start = reached - reached % PAGE_BYTES
+        try:
+            moved = call(fd, _skip(buffers, start), offset + start)
+        except InterruptedError:
+            continue
+        except OSError as error:
+            raise as_storage_error(error, what) from error
+        if start + moved <= reached:
+            break
+        reached = start + moved
+    return total - reached
+
+
+def _skip(buffers: Sequence[memoryview], num_bytes: int) -> Sequence[memoryview]:
+    """Return what is left of buffers after their first ``num_bytes``."""
+    if num_bytes == 0:
+        return buffers
+    left: list[memoryview] = []
+    for buffer in buffers:
+        if num_bytes < len(buffer):
+            left.append(buffer[num_bytes:])
+        num_bytes = max(0, num_bytes - len(buffer))
+    return left

@@ -1,0 +1,100 @@
+"""The device and host tiers: a pool of slots in memory."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from offload.errors import CapacityError, ClosedError
+from offload.tiers.base import Tier
+from offload.tiers.pool import SlotPool
+from offload.tiers.transfer import CompletedTransfer, Transfer
+from offload.types import ChunkInfo, ChunkLayout, SlotId
+
+
+class MemoryTier(Tier):
+    """A tier in device or host memory.
+
+    Copies run on the caller's thread; between a CUDA device and pinned memory they are queued on the
+    caller's current stream, and ordering them with compute is the caller's job.
+
+    Parameters
+    ----------
+    name : str
+        ``"gpu"`` or ``"cpu"``.
+    capacity_bytes : int
+    layout : ChunkLayout
+    device : torch.device
+        Where the slots live.
+    pinned : bool
+        Page-lock the slots (host memory beside a CUDA device).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        capacity_bytes: int,
+        layout: ChunkLayout,
+        device: torch.device,
+        pinned: bool = False,
+    ) -> None:
+        self.name = name
+        self.capacity_bytes = capacity_bytes
+        self.layout = layout
+        self.slot_bytes = layout.slot_bytes
+        self.pool = SlotPool(
+            capacity_bytes // self.slot_bytes, self.slot_bytes, device, pinned=pinned
+        )
+        self._closed = False
+
+    @property
+    def num_slots(self) -> int:
+        return self.pool.num_slots
+
+    @property
+    def num_free(self) -> int:
+        return self.pool.num_free
+
+    @property
+    def used_bytes(self) -> int:
+        return (self.num_slots - self.num_free) * self.slot_bytes
+
+    def allocate(self, n: int, stream: int = 0) -> list[SlotId]:
+        if self._closed:
+            raise ClosedError(f"the {self.name} tier is closed")
+        try:
+            return self.pool.allocate(n)
+        except CapacityError as error:
+            raise CapacityError(f"{self.name} tier full: {error}") from None
+
+    def free(self, slots: Collection[SlotId]) -> None:
+        self.pool.free(slots)
+
+    def buffer(self, slot: SlotId) -> Tensor:
+        """Return a slot's bytes, ``uint8 [slot_bytes]``, in place."""
+        return self.pool.slab[slot]
+
+    def read(
+        self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], out: Sequence[Tensor]
+    ) -> Transfer:
+        for slot, target in zip(slots, out, strict=True):
+            target.copy_(self.pool.slab[slot], non_blocking=True)
+        return CompletedTransfer(len(slots) * self.slot_bytes)
+
+    def write(
+        self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], src: Sequence[Tensor]
+    ) -> Transfer:
+        for slot, source in zip(slots, src, strict=True):
+            self.pool.slab[slot].copy_(source, non_blocking=True)
+        return CompletedTransfer(len(slots) * self.slot_bytes)
+
+    def check_integrity(self) -> None:
+        self.pool.check_integrity()
+        assert self.used_bytes <= self.capacity_bytes
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.pool.close()
+            self.pool = SlotPool(0, self.slot_bytes, torch.device("cpu"))
