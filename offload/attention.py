@@ -56,6 +56,8 @@ def dispatcher(original: AttentionFunction) -> AttentionFunction:
         handle = find_handle(module, query, key)
         if handle is None:
             return original(module, query, key, value, attention_mask, **kwargs)
+        if handle.core.latent_dims is not None:
+            handle = handle.expanded(key, value)
         return _attend(handle, module, query, attention_mask, kwargs), None
 
     return attention

@@ -90,6 +90,8 @@ class OffloadedCache(Cache):
         self._core.num_layers = max(1, ours)
         self._core.can_undo = ours == len(layers)
         self._core.latent_dims = latent_dims(text_config)
+        if self._records_past:
+            super().activate_past_recording()
 
     def update(
         self,
@@ -110,6 +112,11 @@ class OffloadedCache(Cache):
         if layer_idx >= len(self.layers):
             return MaskLength(query_length, self), 0
         return super().get_mask_sizes(query_length, layer_idx)
+
+    def activate_past_recording(self) -> None:
+        """Make layers of bounded size keep what ``crop`` may want back (assisted decoding)."""
+        self._records_past = True  # generate asks before the first forward tells the layers
+        super().activate_past_recording()
 
     def reset(self) -> None:
         """Forget every token; tiers, capacities and the disk folder stay."""
@@ -142,7 +149,7 @@ class OffloadedCache(Cache):
 
         fork = type(self).__new__(type(self))
         fork._adopt(self._core.fork(), [])
-        fork._bound = self._bound
+        fork._bound, fork._records_past = self._bound, self._records_past
         for i, layer in enumerate(self.layers):
             ours = isinstance(layer, OffloadedLayer)
             fork.layers.append(
@@ -175,5 +182,6 @@ class OffloadedCache(Cache):
         super().__init__(layers=layers)
         self._core = core
         self._bound = False
+        self._records_past = False
         # Does not hold the cache itself, so that dropping the last reference closes it.
         self._finalizer = weakref.finalize(self, core.close)

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Final
 
 from offload.errors import OffloadError
@@ -65,7 +66,7 @@ def _module_name(command: str) -> str:
     return f"offload.cli_{command}"
 
 
-def _module(command: str):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _module(command: str) -> ModuleType:
     return importlib.import_module(_module_name(command))
 
 

@@ -8,7 +8,7 @@ fail loudly instead of computing something wrong.
 
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,12 @@ class Handle:
     core: CacheCore
     layer: int
     appended: Appended
+
+    def expanded(self, keys: Tensor, values: Tensor) -> "Handle":
+        """Return the handle with the new tokens' latents replaced by what the model made of them."""
+        if self.appended.keys is None:
+            return self
+        return replace(self, appended=replace(self.appended, keys=keys, values=values))
 
 
 def stand_ins(

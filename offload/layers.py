@@ -4,7 +4,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from offload import _compat
 from offload.core import CacheCore
@@ -140,6 +144,41 @@ class OffloadedLayer(CacheLayerMixin):
         return self._core.runtime.read_layer(self._index)[part]
 
 
+class OffloadedHybridLayer(OffloadedLayer, LinearAttentionAndFullAttentionLayer):
+    """A layer with both full attention and a recurrent state, which stays on the device.
+
+    Parameters
+    ----------
+    core, index, binder
+        As for ``OffloadedLayer``.
+    number_of_states : int
+    """
+
+    def __init__(self, core: CacheCore, index: int, binder: Binder, number_of_states: int) -> None:
+        OffloadedLayer.__init__(self, core, index, binder)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Initialise the recurrent state; the attention part needs nothing."""
+        if kwargs:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def reset(self) -> None:
+        """Forget every token and the recurrent state."""
+        LinearAttentionLayer.reset(self)
+        OffloadedLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row ``i`` a copy of row ``beam_idx[i]``."""
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        OffloadedLayer.reorder_cache(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove tokens, where the recurrent state allows it."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        OffloadedLayer.crop(self, tokens_to_remove)
+
+
 def _on_host(index: Any) -> Any:  # noqa: ANN401 - anything that can index
     return index.cpu() if isinstance(index, Tensor) else index
 
@@ -157,6 +196,8 @@ def offloaded(stock: Any, core: CacheCore, index: int, binder: Binder) -> Any:  
     kind = type(stock).__name__
     if kind == "DynamicLayer":
         return OffloadedLayer(core, index, binder)
+    if kind == "LinearAttentionAndFullAttentionLayer":
+        return OffloadedHybridLayer(core, index, binder, stock.number_of_states)
     if getattr(stock, "is_sliding", False) or kind in ("LinearAttentionLayer", "DummyLayer"):
         return stock
     raise ConfigError(

@@ -12,27 +12,12 @@ from torch import Tensor
 
 from offload.errors import CapacityError, ClosedError, ConfigError, CorruptChunk
 from offload.tiers.base import Tier
-from offload.tiers.io_engine import (
-    IoEngine,
-    VectoredCall,
-    read_fully,
-    supports_direct_io,
-    write_fully,
-)
-from offload.tiers.io_plan import Extent, Operation, plan_io
-from offload.tiers.record import (
-    RecordFormat,
-    check_header,
-    check_heads,
-    digest_heads,
-    pack_header,
-    verify,
-)
+from offload.tiers.io_engine import IoEngine, Job, VectoredCall
+from offload.tiers.record import RecordFormat
+from offload.tiers.record_io import RecordIo
 from offload.tiers.segment import SegmentFiles, SegmentTable
 from offload.tiers.transfer import FutureTransfer, Transfer
-from offload.types import PAGE_BYTES, ChunkInfo, ChunkLayout, SlotId
-
-_BUFFERS_PER_RECORD = 2
+from offload.types import ChunkInfo, ChunkLayout, SlotId
 
 
 class DiskTier(Tier):
@@ -43,8 +28,8 @@ class DiskTier(Tier):
     punches holes, else when the last record of the segment is freed. A slot must not be freed while
     a transfer uses it.
 
-    Page-aligned buffers bypass the page cache (``O_DIRECT``) where the file system allows it; others
-    go through it. Nothing is synced to the device: records live as long as the tier.
+    Page-aligned buffers bypass the page cache (``O_DIRECT``) where the file system allows it;
+    others go through it. Nothing is synced to the device: records live as long as the tier.
 
     Parameters
     ----------
@@ -84,25 +69,25 @@ class DiskTier(Tier):
         preadv: VectoredCall = os.preadv,
         pwritev: VectoredCall = os.pwritev,
     ) -> None:
+        fmt = RecordFormat(layout, fingerprint)
         self.capacity_bytes = capacity_bytes
         self.layout = layout
         self.slot_bytes = layout.slot_bytes
-        self._format = RecordFormat(layout, fingerprint)
-        self._per_segment = max(1, segment_bytes // self.record_bytes)
-        self._table = SegmentTable(capacity_bytes // self.record_bytes, self._per_segment)
+        self.record_bytes = fmt.record_bytes
+        self._head_bytes = fmt.head_bytes
+        per_segment = max(1, segment_bytes // self.record_bytes)
+        self._table = SegmentTable(capacity_bytes // self.record_bytes, per_segment)
         self._files = SegmentFiles(directory)
-        self.is_direct = supports_direct_io(directory)
-        self._preadv = preadv
-        self._pwritev = pwritev
+        self._io = RecordIo(self._files, fmt, preadv, pwritev)
         self._lock = threading.Lock()
         self._written: set[SlotId] = set()
         self._closed = False
         self._engine = IoEngine(num_threads, deadline_s=deadline_s)
 
     @property
-    def record_bytes(self) -> int:
-        """Bytes a slot takes up on disk: its header page and ``slot_bytes``."""
-        return self._format.record_bytes
+    def is_direct(self) -> bool:
+        """Whether the file system lets page-aligned buffers bypass the page cache."""
+        return self._io.is_direct
 
     @property
     def num_slots(self) -> int:
@@ -129,11 +114,12 @@ class DiskTier(Tier):
     def free(self, slots: Collection[SlotId]) -> None:
         with self._lock:
             if self._closed:
-                return
+                return  # close gave everything back
             self._written.difference_update(slots)
             freed = self._table.free(slots)
             for hole in freed.holes:
-                offset, num_bytes = hole.first * self.record_bytes, hole.count * self.record_bytes
+                offset = hole.first * self.record_bytes
+                num_bytes = hole.num_records * self.record_bytes
                 if self._files.punch(hole.segment, offset, num_bytes):
                     self._table.punched(hole)
             for segment in freed.dead_segments:
@@ -142,18 +128,13 @@ class DiskTier(Tier):
     def read(
         self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], out: Sequence[Tensor]
     ) -> Transfer:
-        self._check_buffers(slots, infos, out, self.slot_bytes)
-        what = _describe("read", infos)
-        with self._lock:
-            self._check_open()
-            missing = self._first_missing(slots, infos)
-        if missing is not None:
-            return _failed(what, missing)
-        jobs = [
-            partial(self._read_records, op, infos, out) for op in self._plan(slots)
+        _check_buffers(slots, infos, out, self.slot_bytes)
+        places = [self._table.locate(slot) for slot in slots]
+        jobs: list[Job] = [
+            partial(self._io.read, op, infos, out)
+            for op in self._io.plan(places, self._engine.num_threads)
         ]
-        futures = self._engine.submit(jobs, urgent=True)
-        return FutureTransfer(what, len(slots) * self.slot_bytes, futures)
+        return self._start_read("read", slots, infos, self.slot_bytes, jobs)
 
     def read_heads(
         self,
@@ -170,47 +151,58 @@ class DiskTier(Tier):
         heads : slice
             Consecutive KV heads, the same of every slot.
         out : sequence of Tensor, uint8 [num_heads * head_bytes]
-            Page-aligned to bypass the page cache, which also takes heads of whole pages.
+            Bypasses the page cache if page-aligned and a head is a whole number of pages.
 
         Returns
         -------
         Transfer
-            Fails as that of ``read`` does; only the heads that were read are verified.
+            Fails as that of ``read`` does. Only the heads that were read are verified.
+
+        Raises
+        ------
+        ConfigError
+            ``heads`` is empty or has a step, or a buffer does not fit.
         """
         first, stop, step = heads.indices(self.layout.num_kv_heads)
         if step != 1 or stop <= first:
-            raise ConfigError(f"{heads} are not consecutive heads of {self.layout.num_kv_heads}")
-        self._check_buffers(slots, infos, out, (stop - first) * self._format.head_bytes)
-        what = _describe(f"read of heads {first} to {stop - 1}", infos)
-        with self._lock:
-            self._check_open()
-            missing = self._first_missing(slots, infos)
-        if missing is not None:
-            return _failed(what, missing)
-        jobs = [
-            partial(self._read_head_slice, slot, info, first, target)
+            raise ConfigError(
+                f"{heads} does not name consecutive heads of {self.layout.num_kv_heads}"
+            )
+        num_bytes = (stop - first) * self._head_bytes
+        _check_buffers(slots, infos, out, num_bytes)
+        jobs: list[Job] = [
+            partial(self._io.read_heads, self._table.locate(slot), info, first, target)
             for slot, info, target in zip(slots, infos, out, strict=True)
         ]
-        num_bytes = sum(target.numel() for target in out)
-        return FutureTransfer(what, num_bytes, self._engine.submit(jobs, urgent=True))
+        return self._start_read(f"read of heads {first}:{stop}", slots, infos, num_bytes, jobs)
 
     def write(
         self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], src: Sequence[Tensor]
     ) -> Transfer:
-        self._check_buffers(slots, infos, src, self.slot_bytes)
+        _check_buffers(slots, infos, src, self.slot_bytes)
         with self._lock:
             self._check_open()
             for slot in slots:
                 if not self._table.holds(slot):
                     raise ConfigError(f"disk tier: slot {slot} is not allocated")
             self._written.difference_update(slots)
-        jobs = [
-            partial(self._write_records, op, slots, infos, src) for op in self._plan(slots)
+        places = [self._table.locate(slot) for slot in slots]
+
+        def write_and_publish(job: Job, published: list[SlotId], scratch: memoryview) -> None:
+            job(scratch)
+            with self._lock:
+                self._written.update(published)
+
+        jobs: list[Job] = [
+            partial(
+                write_and_publish,
+                partial(self._io.write, op, infos, src),
+                [slots[member] for member in op.members],
+            )
+            for op in self._io.plan(places, self._engine.num_threads)
         ]
         futures = self._engine.submit(jobs, urgent=False)
-        return FutureTransfer(
-            _describe("write", infos), len(slots) * self.slot_bytes, futures
-        )
+        return FutureTransfer(_describe("write", infos), len(slots) * self.slot_bytes, futures)
 
     def check_integrity(self) -> None:
         with self._lock:
@@ -228,5 +220,59 @@ class DiskTier(Tier):
         finally:
             for segment in self._table.segments:
                 self._files.unlink(segment)
-            self._table = SegmentTable(0, self._per_segment)
+            self._table = SegmentTable(0, self._table.records_per_segment)
             self._written.clear()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the disk tier is closed")
+
+    def _start_read(
+        self,
+        verb: str,
+        slots: Sequence[SlotId],
+        infos: Sequence[ChunkInfo],
+        bytes_each: int,
+        jobs: list[Job],
+    ) -> Transfer:
+        """Start a read, or hand out a failed one if a slot holds no record."""
+        what, num_bytes = _describe(verb, infos), len(slots) * bytes_each
+        with self._lock:
+            self._check_open()
+            missing = [slot for slot in slots if slot not in self._written]
+        if not missing:
+            return FutureTransfer(what, num_bytes, self._engine.submit(jobs, urgent=True))
+        failed: Future[None] = Future()
+        failed.set_exception(
+            CorruptChunk(
+                f"{what}: {len(missing)} of {len(slots)} slots hold no record (never written, "
+                f"failed or freed), first slot {missing[0]}"
+            )
+        )
+        return FutureTransfer(what, num_bytes, [failed])
+
+
+def _describe(verb: str, infos: Sequence[ChunkInfo]) -> str:
+    if not infos:
+        return f"disk {verb} of nothing"
+    first = infos[0]
+    return (
+        f"disk {verb} of {len(infos)} chunks, "
+        f"first of layer {first.layer} from token {first.first_token}"
+    )
+
+
+def _check_buffers(
+    slots: Sequence[SlotId], infos: Sequence[ChunkInfo], buffers: Sequence[Tensor], num_bytes: int
+) -> None:
+    if not len(slots) == len(infos) == len(buffers):
+        raise ConfigError(
+            f"{len(slots)} slots, {len(infos)} infos and {len(buffers)} buffers do not match"
+        )
+    for buffer in buffers:
+        fits = buffer.dtype == torch.uint8 and buffer.shape == (num_bytes,)
+        if not fits or buffer.device.type != "cpu" or not buffer.is_contiguous():
+            raise ConfigError(
+                f"a disk transfer takes contiguous uint8 [{num_bytes}] tensors in host memory, "
+                f"not {buffer.dtype} {list(buffer.shape)} on {buffer.device}"
+            )

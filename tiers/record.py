@@ -161,7 +161,11 @@ def check_header(header: memoryview, fmt: RecordFormat, info: ChunkInfo) -> tupl
 
 
 def check_heads(
-    payload: memoryview, fmt: RecordFormat, info: ChunkInfo, digests: tuple[int, ...], first: int = 0
+    payload: memoryview,
+    fmt: RecordFormat,
+    info: ChunkInfo,
+    digests: tuple[int, ...],
+    first: int = 0,
 ) -> None:
     """Verify whole KV heads against the checksums of their record.
 
@@ -185,7 +189,9 @@ def check_heads(
     expected = digests[first : first + len(found)]
     if found == expected:
         return
-    bad = [first + i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]]
+    bad = [
+        first + i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]
+    ]
     raise CorruptChunk(
         f"{_name(info)}: the checksum of {len(bad)} of {len(found)} KV heads is wrong, "
         f"first of head {bad[0]}: {found[bad[0] - first]:016x}, "

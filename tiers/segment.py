@@ -27,7 +27,7 @@ class Hole(NamedTuple):
 
     segment: int
     first: int
-    count: int
+    num_records: int
 
 
 class Freed(NamedTuple):
@@ -89,6 +89,11 @@ class SegmentTable:
             slots += [SlotId(base + index) for index in indexes]
         return slots
 
+    def holds(self, slot: SlotId) -> bool:
+        """Return whether a slot was allocated and not freed."""
+        number, index = self.locate(slot)
+        return number in self._segments and index in self._segments[number].live
+
     def locate(self, slot: SlotId) -> tuple[int, int]:
         """Return the segment and the index in it of a slot, alive or not."""
         return divmod(slot, self.records_per_segment)
@@ -116,8 +121,8 @@ class SegmentTable:
 
     def punched(self, hole: Hole) -> None:
         """Count the space of a hole as given back."""
-        self._segments[hole.segment].num_dead -= hole.count
-        self.num_used -= hole.count
+        self._segments[hole.segment].num_dead -= hole.num_records
+        self.num_used -= hole.num_records
 
     @property
     def segments(self) -> list[int]:

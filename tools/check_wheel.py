@@ -80,7 +80,9 @@ def try_imports(python: Path) -> list[str]:
     found = run(python, "import offload; print(offload.__file__)")
     if not found.stdout.startswith(str(python.parent.parent)):
         problems.append(f"import offload found {found.stdout or found.stderr}")
-    version = run(python, "from offload.cli import main; main(['--version'])")
+    command = [python.parent / "offload", "--version"]
+    version = subprocess.run(command, cwd="/", check=False, capture_output=True, text=True)
+    print(f"wheel: offload --version: {version.stdout.strip()}")
     if version.returncode != 0:
         problems.append(f"offload --version failed: {version.stderr}")
     for name in BARE_NAMES:

@@ -1,12 +1,12 @@
-"""Tiny random models of many architectures, and capacities that make them use every tier.
+"""Tiny random models of many architectures, and capacities that make a cache use every tier.
 
-The weights are drawn wide, so that the two best logits are far apart: a wrong key or value changes
-tokens, and rounding does not.
+Every matrix is drawn with unit gain, so that attention decides as much as anything else which token
+comes next: a wrong key or value changes tokens, and rounding does not.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-
+from offload.types import ChunkLayout
 
 VOCAB_SIZE = 96
-"""Token ids of every model here; 0 is the padding and 1 may end a beam."""
+"""Token ids of every model here; 0 is the padding, 1 may end a beam, 2 starts a text."""
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -32,10 +32,18 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 2,
     "eos_token_id": None,
 }
-_SLIDING_HYBRID = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-_LINEAR_HYBRID = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512}
+_LOCAL_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def _hybrid(kind: str, **fields: object) -> dict[str, Any]:
+    """Return the fields of a four-layer model whose even layers do not grow."""
+    return {
+        "num_hidden_layers": 4,
+        "layer_types": [kind, "full_attention"] * 2,
+        "sliding_window": 24,
+        **fields,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +55,14 @@ class Architecture:
     config_class : str
         Name in ``transformers``.
     overrides : mapping
-        What differs from the common configuration; None removes a field.
-    since : str
-        First transformers release (``major.minor``) whose configuration takes these fields.
+        What differs from the common configuration.
+    offloads : bool
+        Whether any layer grows without bound, so that there is something to offload.
     """
 
     config_class: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    offloads: bool = True
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -62,52 +71,28 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture("Qwen2Config"),
     "qwen3": Architecture("Qwen3Config"),
     "mistral": Architecture("MistralConfig", {"sliding_window": None}),
-    "mistral_sliding": Architecture("MistralConfig", {"sliding_window": 24}),
+    "mistral_sliding": Architecture("MistralConfig", {"sliding_window": 24}, offloads=False),
     "gemma2": Architecture(
-        "Gemma2Config",
-        {
-            "num_hidden_layers": 4,
-            "sliding_window": 24,
-            "layer_types": _SLIDING_HYBRID,
-            "query_pre_attn_scalar": 16,
-        },
+        "Gemma2Config", _hybrid("sliding_attention", query_pre_attn_scalar=16)
     ),
     "gemma3": Architecture(
-        "Gemma3TextConfig",
-        {
-            "num_hidden_layers": 4,
-            "sliding_window": 24,
-            "layer_types": _SLIDING_HYBRID,
-            "query_pre_attn_scalar": 16,
-        },
+        "Gemma3TextConfig", _hybrid("sliding_attention", query_pre_attn_scalar=16)
     ),
     "phi3": Architecture("Phi3Config"),
-    "gpt_oss": Architecture(
-        "GptOssConfig",
-        {
-            "num_hidden_layers": 4,
-            "sliding_window": 24,
-            "layer_types": _SLIDING_HYBRID,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-        },
-    ),
-    "mixtral": Architecture(
-        "MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
-    ),
+    "gpt_oss": Architecture("GptOssConfig", _hybrid("sliding_attention", **_LOCAL_MOE)),
+    "mixtral": Architecture("MixtralConfig", {"sliding_window": None, **_LOCAL_MOE}),
     "qwen3_moe": Architecture("Qwen3MoeConfig", _MOE),
     "qwen3_next": Architecture(
         "Qwen3NextConfig",
-        {
+        _hybrid(
+            "linear_attention",
             **_MOE,
-            "num_hidden_layers": 4,
-            "layer_types": _LINEAR_HYBRID,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "shared_expert_intermediate_size": 32,
-        },
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            shared_expert_intermediate_size=32,
+        ),
     ),
     "deepseek_v3": Architecture(
         "DeepseekV3Config",
@@ -127,44 +112,25 @@ ARCHITECTURES: dict[str, Architecture] = {
             "first_k_dense_replace": 1,
         },
     ),
-    "gpt2": Architecture("GPT2Config", _GPT2),
-    "gpt_neox": Architecture("GPTNeoXConfig", {"num_key_value_heads": None}),
+    "gpt2": Architecture("GPT2Config", {"num_key_value_heads": 4}),
+    "gpt_neox": Architecture("GPTNeoXConfig", {"num_key_value_heads": 4}),
     "olmo2": Architecture("Olmo2Config"),
     "granite": Architecture("GraniteConfig"),
-    "cohere2": Architecture(
-        "Cohere2Config",
-        {"num_hidden_layers": 4, "sliding_window": 24, "layer_types": _SLIDING_HYBRID},
-    ),
+    "cohere2": Architecture("Cohere2Config", _hybrid("sliding_attention", logit_scale=1.0)),
     "smollm3": Architecture("SmolLM3Config", {"no_rope_layers": [1, 1, 0]}),
     "glm4": Architecture("Glm4Config"),
     "starcoder2": Architecture("Starcoder2Config", {"sliding_window": None}),
     "stablelm": Architecture("StableLmConfig"),
     "phi": Architecture("PhiConfig"),
     "nemotron": Architecture("NemotronConfig"),
-    "exaone4": Architecture(
-        "Exaone4Config",
-        {"num_hidden_layers": 4, "sliding_window": 24, "layer_types": _SLIDING_HYBRID},
-    ),
-    "lfm2": Architecture(
-        "Lfm2Config",
-        {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
-    ),
+    "exaone4": Architecture("Exaone4Config", _hybrid("sliding_attention")),
+    "lfm2": Architecture("Lfm2Config", _hybrid("conv")),
 }
 
 
-@dataclass(frozen=True, slots=True)
-class CachedStates:
-    """What one layer of a model puts into its cache for one token of one row."""
-
-    num_layers: int
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-
-
-@lru_cache(maxsize=None)
+@cache
 def make_model(name: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
-    """Build a random model in eval mode, float32, on the CPU; one per process and arguments.
+    """Build a random model: eval mode, float32, CPU. One per process and arguments.
 
     Parameters
     ----------
@@ -175,25 +141,59 @@ def make_model(name: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedM
 
     Raises
     ------
-    ValueError, ImportError
+    ValueError
         transformers has no such attention for the architecture.
     """
     row = ARCHITECTURES[name]
-    fields = {k: v for k, v in {**_COMMON, **row.overrides}.items() if v is not None or k in _COMMON}
-    if fields.get("num_key_value_heads", 0) is None:
-        del fields["num_key_value_heads"]
-    config = getattr(transformers, row.config_class)(**fields)
+    config = getattr(transformers, row.config_class)(**{**_COMMON, **row.overrides})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    model = model.to(torch.float32).eval().requires_grad_(False)
-    _draw_weights(model)
+    model = model.to(torch.float32).eval().requires_grad_(requires_grad=False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model
 
 
-def _draw_weights(model: PreTrainedModel) -> None:
-    """Give every matrix unit gain, and the unembedding four times that."""
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+@cache
+def cached_layouts(model: PreTrainedModel, chunk_tokens: int) -> tuple[ChunkLayout, ...]:
+    """Return the chunk layout of each layer whose cache grows without bound.
+
+    Measured on one token, because only the model knows what it caches (MLA caches latents).
+    """
+    stock = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.tensor([[2]]), past_key_values=stock)
+    return tuple(
+        ChunkLayout(
+            layer.keys.shape[1],
+            chunk_tokens,
+            layer.keys.shape[3],
+            layer.values.shape[3],
+            layer.keys.dtype,
+        )
+        for layer in stock.layers
+        if type(layer).__name__ == "DynamicLayer"
+    )
+
+
+def tight_capacity(model: PreTrainedModel, batch: int, chunk_tokens: int) -> dict[str, int]:
+    """Return capacities, in bytes per tier, so small that a prompt of 40 tokens needs all tiers.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    batch : int
+        Rows, beams included.
+    chunk_tokens : int
+    """
+    layouts = cached_layouts(model, chunk_tokens)
+    slot = layouts[0].slot_bytes if layouts else 4096
+    staging, spare = 4 * max(2, batch), 2 * batch
+    return {
+        "gpu": (len(layouts) * batch + staging + spare) * slot,
+        "cpu": (6 + 8) * slot,
+        "disk": 4096 * slot,
+    }

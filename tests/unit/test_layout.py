@@ -1,0 +1,148 @@
+"""The shape of the repository: folders, links, imports and file lengths."""
+
+import ast
+import statistics
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FOLDERS = ("kernels", "tiers", "index", "prefetch")
+ALL_FOLDERS = ("offload", *FOLDERS, "tests", "tools", "benchmarks")
+NOUNS = {"offload.errors", "offload.types"}
+SHARED = NOUNS | {"offload.config", "offload.stats"}
+
+# What each folder may import from the rest of the package. Siblings are not in the list: `prefetch`
+# sees the tiers through protocols of its own.
+MAY_IMPORT = {
+    "kernels": {"offload.kernels"} | NOUNS,
+    "tiers": {"offload.tiers", "offload.kernels"} | SHARED,
+    "index": {"offload.index", "offload.kernels"} | SHARED,
+    "prefetch": {"offload.prefetch"} | SHARED,
+}
+
+# The Hugging Face face: the only modules that know transformers exists.
+MAY_IMPORT_TRANSFORMERS = {
+    "__init__",
+    "_compat",
+    "attention",
+    "cache",
+    "cli_demo",
+    "cli_doctor",
+    "cli_generate",
+    "layers",
+    "masks",
+    "mla",
+    "recall_data",
+    "recall_model",
+    "support",
+}
+
+MAX_LINES = 400
+MAX_MEDIAN_LINES = 150
+
+
+def python_files(*folders: str) -> list[Path]:
+    """List the files of root folders, each under its real path."""
+    return sorted({file.resolve() for name in folders for file in (ROOT / name).rglob("*.py")})
+
+
+def imported_modules(file: Path) -> Iterator[str]:
+    """Name every module that a file may import, inside functions too."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            # `from offload import x` may name a module; `from offload.x import y` names offload.x.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from names if node.module == "offload" else [node.module]
+
+
+def is_inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def relative(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def test_package_dir_of_every_folder_matches_its_link() -> None:
+    mapping = {f"offload.{name}": name for name in FOLDERS} | {"offload": "offload"}
+    assert PYPROJECT["tool"]["setuptools"]["package-dir"] == mapping
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == set(mapping)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_link_in_the_package_leads_to_the_root_folder(name: str) -> None:
+    assert str((ROOT / "offload" / name).readlink()) == f"../{name}"
+
+
+def test_links_in_the_package_are_the_known_folders_and_no_others() -> None:
+    links = {entry.name for entry in (ROOT / "offload").iterdir() if entry.is_symlink()}
+    assert links == set(FOLDERS)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_root_folder_has_no_init_file(name: str) -> None:
+    assert not (ROOT / name / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("name", ["offload", *FOLDERS])
+def test_folder_of_modules_has_no_folders_of_modules_inside(name: str) -> None:
+    # setuptools ships the packages that are listed, and a nested one would be left out in silence.
+    depths = {file.relative_to(ROOT / name).parent for file in python_files(name)}
+    assert depths <= {Path()}
+
+
+def test_every_folder_with_python_files_is_known_here() -> None:
+    found = {
+        entry.name
+        for entry in ROOT.iterdir()
+        if entry.is_dir() and not entry.name.startswith(".") and any(entry.rglob("*.py"))
+    }
+    assert found - {"build", "dist"} <= set(ALL_FOLDERS)
+
+
+def test_every_folder_with_python_files_is_type_checked() -> None:
+    reached = {*PYPROJECT["tool"]["mypy"]["files"], *FOLDERS}
+    assert reached == set(ALL_FOLDERS)
+
+
+@pytest.mark.parametrize("file", python_files(*FOLDERS), ids=relative)
+def test_import_from_a_folder_points_down(file: Path) -> None:
+    allowed = MAY_IMPORT[file.relative_to(ROOT).parts[0]]
+    ours = [module for module in imported_modules(file) if is_inside(module, "offload")]
+    wrong = [module for module in ours if not any(is_inside(module, name) for name in allowed)]
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", sorted(SHARED))
+def test_import_from_a_shared_module_is_nouns_only(name: str) -> None:
+    file = ROOT / f"{name.replace('.', '/')}.py"
+    ours = {module for module in imported_modules(file) if is_inside(module, "offload")}
+    assert ours <= NOUNS - {name}
+
+
+@pytest.mark.parametrize("file", python_files("offload", *FOLDERS), ids=relative)
+def test_import_of_transformers_stays_in_the_hugging_face_modules(file: Path) -> None:
+    imports_it = any(is_inside(module, "transformers") for module in imported_modules(file))
+    is_face = file.parent.name == "offload" and file.stem in MAY_IMPORT_TRANSFORMERS
+    assert is_face or not imports_it
+
+
+@pytest.mark.parametrize("file", python_files(*ALL_FOLDERS), ids=relative)
+def test_file_length_is_at_most_the_limit(file: Path) -> None:
+    assert len(file.read_text().splitlines()) <= MAX_LINES
+
+
+def test_file_length_median_is_at_most_the_limit() -> None:
+    lengths = [len(file.read_text().splitlines()) for file in python_files(*ALL_FOLDERS)]
+    assert statistics.median(lengths) <= MAX_MEDIAN_LINES
+
+
+def test_dev_extra_and_dev_group_are_the_same() -> None:
+    group = PYPROJECT["dependency-groups"]["dev"]
+    assert PYPROJECT["project"]["optional-dependencies"]["dev"] == group
