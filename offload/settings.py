@@ -6,9 +6,9 @@ from pathlib import Path
 from offload.config import parse_size
 from offload.engine import EngineConfig
 from offload.errors import ConfigError
-from offload.machine import default_capacities
+from offload.machine import default_capacities, survey
 from offload.presets import find_preset
-from offload.tiers.scratch import ScratchDir
+from offload.tiers.scratch import ScratchDir, default_parent
 
 TIERS = ("gpu", "cpu", "disk")
 
@@ -49,8 +49,9 @@ def check_capacity(
             raise ConfigError(f"capacity names tier {tier!r}, but the tiers are {list(tiers)}")
         given[tier] = parse_size(size)
     missing = [tier for tier in tiers if tier not in given]
-    defaults = default_capacities(missing, disk_path) if missing else {}
-    return {tier: given[tier] if tier in given else defaults[tier] for tier in tiers}
+    if missing:
+        given |= default_capacities(survey(disk_path or default_parent()), missing)
+    return {tier: given[tier] for tier in tiers}
 
 
 def check_settings(
