@@ -1,6 +1,7 @@
 """A hierarchical GPU-CPU-disk runtime for the KV cache of large language models."""
 
-from offload.cache import OffloadedCache
+from typing import TYPE_CHECKING, Any
+
 from offload.errors import (
     CapacityError,
     ClosedError,
@@ -14,6 +15,9 @@ from offload.errors import (
     TransferTimeout,
 )
 from offload.stats import CacheStats, TierStats
+
+if TYPE_CHECKING:
+    from offload.cache import OffloadedCache
 
 __version__ = "0.1.0"
 
@@ -33,3 +37,12 @@ __all__ = [
     "TransferTimeout",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - the module protocol (PEP 562)
+    # transformers takes seconds to import; whoever wants sizes or errors should not wait for it.
+    if name == "OffloadedCache":
+        from offload.cache import OffloadedCache
+
+        return OffloadedCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

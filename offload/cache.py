@@ -134,6 +134,22 @@ class OffloadedCache(Cache):
         empty = {name: TierStats(0, 0, size, 0, 0, 0) for name, size in capacities.items()}
         return CacheStats(empty, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0, 0)
 
+    @property
+    def disk_folder(self) -> Path | None:
+        """The private folder of the disk tier; None without one."""
+        scratch = self._core.config.scratch
+        return None if scratch is None else scratch.path
+
+    def flush(self) -> None:
+        """Wait until every chunk that is on its way to the disk has arrived.
+
+        Raises
+        ------
+        DiskFull, StorageError, TransferTimeout
+            One has not; it stays readable from memory.
+        """
+        self._core.flush()
+
     def close(self) -> None:
         """Give back memory, threads and the disk folder. Idempotent; also runs at exit."""
         self._finalizer()

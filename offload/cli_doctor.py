@@ -15,13 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from offload.bandwidth import DiskBandwidth, measure_disk, measure_memcpy
-from offload.config import format_size
+from offload.config import format_size, parse_size
 from offload.machine import Machine, default_capacities, existing_parent, survey
 from offload.tiers.scratch import default_parent
 
 _TIERS: Final = ("gpu", "cpu", "disk")
-_DIR_HELP: Final = """where the disk tier would keep its files (default: the user's cache folder);
-128 MiB are written there and removed again"""
 _PACKAGES: Final = ("kv-offload", "torch", "transformers", "numpy")
 
 
@@ -59,7 +57,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "doctor", help="show what this machine offers and the defaults that follow"
     )
-    parser.add_argument("--dir", type=Path, help=_DIR_HELP)
+    where = "where the disk tier would keep its files (default: the user's cache folder)"
+    parser.add_argument("--dir", type=Path, metavar="DIR", help=where)
+    size = "of the file that is written there, read and removed (default: %(default)s)"
+    parser.add_argument("--probe", default="128MiB", metavar="SIZE", help=size)
     parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
 
 
@@ -69,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
     Raises
     ------
     ConfigError, StorageError
-        The directory cannot be used.
+        The size is none, or the directory cannot be used.
     """
-    report = examine(args.dir)
+    report = examine(args.dir, parse_size(args.probe))
     if args.json:
         json.dump(dataclasses.asdict(report), sys.stdout, indent=2, default=str)
         print()
@@ -80,17 +81,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def examine(directory: Path | None = None) -> Report:
+def examine(directory: Path | None, probe_bytes: int) -> Report:
     """Survey and measure this machine. Takes a few seconds.
 
     Parameters
     ----------
-    directory : Path, optional
+    directory : Path or None
         Where the disk tier would keep its files; by default where it does. While it does not
         exist, the nearest directory above it is measured.
+    probe_bytes : int
+        Size of the file that is written and read to measure the disk.
     """
     machine = survey(default_parent() if directory is None else directory)
-    disk_bandwidth = measure_disk(existing_parent(machine.disk.directory))
+    disk_bandwidth = measure_disk(existing_parent(machine.disk.directory), probe_bytes)
     return Report(
         versions={"python": platform.python_version()} | _versions(),
         num_cpus=_num_cpus(),
@@ -98,7 +101,7 @@ def examine(directory: Path | None = None) -> Report:
         disk_bandwidth=disk_bandwidth,
         memcpy_bytes_per_s=measure_memcpy(),
         default_capacities=default_capacities(machine, _TIERS),
-        notes=list(_notes(machine, disk_bandwidth)),
+        notes=list(find_notes(machine, disk_bandwidth)),
     )
 
 
@@ -134,7 +137,8 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
         yield f"default capacity, {tier}", format_size(capacity)
 
 
-def _notes(machine: Machine, disk_bandwidth: DiskBandwidth) -> Iterator[str]:
+def find_notes(machine: Machine, disk_bandwidth: DiskBandwidth) -> Iterator[str]:
+    """Yield what a user should know or change, one sentence each."""
     disk = machine.disk
     if not machine.gpus:
         yield "no CUDA device: the gpu tier is a pool in host memory"

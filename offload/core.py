@@ -84,6 +84,12 @@ class CacheCore:
         """Return the runtime's statistics; None before the first token."""
         return None if self.runtime is None else self.runtime.stats()
 
+    def flush(self) -> None:
+        """Wait for every store in flight."""
+        self.check_open()
+        if self.runtime is not None:
+            self.runtime.flush()
+
     def reset(self) -> None:
         """Forget every token. The next ones may have another shape, dtype or batch."""
         if self._is_closed:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 _lock = threading.Lock()
@@ -70,8 +71,12 @@ def _is_plain_causal(kwargs: dict[str, Any]) -> bool:
 
 
 def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """Return the padding ``[batch, length]`` as bool, or None if nothing is padded."""
+    """Return the padding ``[batch, length]`` as bool, or None if nothing is padded.
+
+    A mask that is too short hides the newest tokens, as it does in transformers' own masks.
+    """
     if attention_mask is None:
         return None
     padding = attention_mask[:, -length:].bool()
+    padding = pad(padding, (0, length - padding.shape[1]))
     return None if bool(padding.all()) else padding

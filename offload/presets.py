@@ -25,9 +25,9 @@ class Preset:
 PRESETS = {preset.name: preset for preset in (Preset("exact", KeepFirst),)}
 
 
-def find_preset(name: str) -> Preset:
+def find_preset(name: object) -> Preset:
     """Return a preset by name, or raise ConfigError naming those that exist."""
-    try:
-        return PRESETS[name]
-    except KeyError:
-        raise ConfigError(f"unknown policy {name!r}; known: {', '.join(PRESETS)}") from None
+    preset = PRESETS.get(name) if isinstance(name, str) else None
+    if preset is None:
+        raise ConfigError(f"unknown policy {name!r}; known: {', '.join(PRESETS)}")
+    return preset

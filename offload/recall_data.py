@@ -154,9 +154,7 @@ def random_facts(num_facts: int, rng: random.Random) -> list[Fact]:
     keys: dict[str, None] = {}
     while len(keys) < num_facts:
         keys["".join(rng.choices(ascii_lowercase, k=KEY_LETTERS))] = None
-    return [
-        Fact(key, "".join(rng.choices(digits, k=rng.choice(VALUE_DIGITS)))) for key in keys
-    ]
+    return [Fact(key, "".join(rng.choices(digits, k=rng.choice(VALUE_DIGITS)))) for key in keys]
 
 
 def hide(facts: Sequence[Fact], text: str, rng: random.Random) -> RecallDocument:

@@ -1,6 +1,7 @@
 """The layers of one cache on an engine. Knows tensors; knows nothing of Hugging Face."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -64,8 +65,7 @@ class Runtime:
         """Attend with exact results; see ``offload.exact.attend``."""
         layout = self.engine.layout
         num_past = appended.num_past_chunks * layout.chunk_tokens
-        with self.engine.lock:
-            past = self._past(index, call, appended)
+        with self.engine.lock, closing(self._past(index, call, appended)) as past:
             return attend(call, past, appended, num_past, layout.key_dim)
 
     def select(self, index: int, indices: Sequence[int]) -> None:
@@ -105,6 +105,11 @@ class Runtime:
             copy = Runtime(self.engine, max(self._num_layers, len(self.layers)), self._batch)
             copy.layers = {index: layer.fork() for index, layer in self.layers.items()}
             return copy
+
+    def flush(self) -> None:
+        """Wait for every store in flight; raises if one failed."""
+        with self.engine.lock:
+            self.engine.store.drain()
 
     def stats(self) -> CacheStats:
         """Return what is where, and what has moved so far, forks included."""
@@ -146,7 +151,7 @@ class Runtime:
 
     def _past(
         self, index: int, call: AttentionCall, appended: Appended
-    ) -> Iterator[PastChunks]:
+    ) -> Generator[PastChunks]:
         """Yield the past chunks that the call can see: first those in place, then the streamed."""
         layout, size = self.engine.layout, self.engine.layout.chunk_tokens
         num_new = 0 if appended.keys is None else appended.keys.shape[2]

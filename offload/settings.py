@@ -1,6 +1,7 @@
 """Check what the user asked for before any work is done."""
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 
 from offload.config import parse_size
@@ -76,6 +77,8 @@ def check_settings(
     tokens = check_chunk_tokens(chunk_tokens)
     if disk_path is not None and "disk" not in names:
         raise ConfigError(f"disk_path={str(disk_path)!r} needs the tier 'disk'; tiers: {names}")
+    if not isinstance(disk_path, str | PathLike | None):
+        raise ConfigError(f"disk_path must be a path, not {disk_path!r}")
     path = None if disk_path is None else Path(disk_path)
     capacities = check_capacity(names, capacity, path)
     scratch = ScratchDir(path) if "disk" in names else None

@@ -73,6 +73,10 @@ class ChunkStream:
         """
         order = [*groups, *upcoming]
         for i, group in enumerate(groups):
+            if group in self._loading:
+                self._counters.prefetched_groups += 1
+            else:
+                self._counters.demanded_groups += 1
             self._top_up(order[i : i + self._num_buffers])
             buffer, loading = self._loading[group]
             self._wait(group, loading)
@@ -90,17 +94,16 @@ class ChunkStream:
             self._discard(group)
 
     def _top_up(self, wanted: Sequence[LoadGroup]) -> None:
-        for urgency, group in enumerate(wanted):
+        for group in wanted:
             if group in self._loading:
-                self._counters.prefetched_groups += urgency == 0
                 continue
             if not self._free:
                 self._recycle(wanted)
             if not self._free:
                 return
-            buffer = self._free.pop()
+            buffer = self._free[-1]
             self._loading[group] = (buffer, self._loader.start(group, buffer))
-            self._counters.demanded_groups += urgency == 0
+            self._free.pop()  # only now: a load that could not start has no buffer
 
     def _recycle(self, wanted: Sequence[LoadGroup]) -> None:
         """Free a buffer that was filled on a wrong guess."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from offload.errors import CapacityError, ClosedError, ConfigError, CorruptChunk
 from offload.tiers.base import Tier
 from offload.tiers.io_engine import IoEngine, Job, VectoredCall
+from offload.tiers.io_plan import Operation
 from offload.tiers.record import RecordFormat
 from offload.tiers.record_io import RecordIo
 from offload.tiers.segment import SegmentFiles, SegmentTable
@@ -91,17 +92,21 @@ class DiskTier(Tier):
 
     @property
     def num_slots(self) -> int:
+        """Records the capacity allows, header pages counted."""
         return self._table.num_slots
 
     @property
     def num_free(self) -> int:
+        """Slots that ``allocate`` could hand out now; dead records still on disk are not free."""
         return self._table.num_slots - self._table.num_used
 
     @property
     def used_bytes(self) -> int:
+        """Bytes of all allocated records, and of dead ones still on disk."""
         return self._table.num_used * self.record_bytes
 
     def allocate(self, n: int, stream: int = 0) -> list[SlotId]:
+        """Take the next ``n`` positions of the stream's open segment; see ``Tier``."""
         with self._lock:
             self._check_open()
             try:
@@ -112,6 +117,13 @@ class DiskTier(Tier):
                 ) from None
 
     def free(self, slots: Collection[SlotId]) -> None:
+        """Give slots back; see ``Tier``. Nothing happens once the tier is closed.
+
+        Raises
+        ------
+        StorageError
+            The file of a dead segment cannot be removed.
+        """
         with self._lock:
             if self._closed:
                 return  # close gave everything back
@@ -128,12 +140,9 @@ class DiskTier(Tier):
     def read(
         self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], out: Sequence[Tensor]
     ) -> Transfer:
+        """Read and verify whole records; see ``Tier``."""
         _check_buffers(slots, infos, out, self.slot_bytes)
-        places = [self._table.locate(slot) for slot in slots]
-        jobs: list[Job] = [
-            partial(self._io.read, op, infos, out)
-            for op in self._io.plan(places, self._engine.num_threads)
-        ]
+        jobs: list[Job] = [partial(self._io.read, op, infos, out) for op in self._plan(slots)]
         return self._start_read("read", slots, infos, self.slot_bytes, jobs)
 
     def read_heads(
@@ -179,6 +188,7 @@ class DiskTier(Tier):
     def write(
         self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], src: Sequence[Tensor]
     ) -> Transfer:
+        """Write whole records; see ``Tier``. A slot cannot be read until this is done."""
         _check_buffers(slots, infos, src, self.slot_bytes)
         with self._lock:
             self._check_open()
@@ -186,31 +196,27 @@ class DiskTier(Tier):
                 if not self._table.holds(slot):
                     raise ConfigError(f"disk tier: slot {slot} is not allocated")
             self._written.difference_update(slots)
-        places = [self._table.locate(slot) for slot in slots]
-
-        def write_and_publish(job: Job, published: list[SlotId], scratch: memoryview) -> None:
-            job(scratch)
-            with self._lock:
-                self._written.update(published)
-
         jobs: list[Job] = [
-            partial(
-                write_and_publish,
-                partial(self._io.write, op, infos, src),
-                [slots[member] for member in op.members],
-            )
-            for op in self._io.plan(places, self._engine.num_threads)
+            partial(self._write_and_publish, op, slots, infos, src) for op in self._plan(slots)
         ]
         futures = self._engine.submit(jobs, urgent=False)
         return FutureTransfer(_describe("write", infos), len(slots) * self.slot_bytes, futures)
 
     def check_integrity(self) -> None:
+        """Raise AssertionError if the invariant does not hold."""
         with self._lock:
             self._table.check_integrity()
             assert all(self._table.holds(slot) for slot in self._written)
             assert self.used_bytes <= self.capacity_bytes
 
     def close(self) -> None:
+        """Finish what is in flight, then remove every file of the tier. Idempotent.
+
+        Raises
+        ------
+        TransferTimeout
+            A transfer did not end within ``deadline_s``. The files are gone all the same.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -226,6 +232,23 @@ class DiskTier(Tier):
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the disk tier is closed")
+
+    def _plan(self, slots: Sequence[SlotId]) -> list[Operation]:
+        places = [self._table.locate(slot) for slot in slots]
+        return self._io.plan(places, self._engine.num_threads)
+
+    def _write_and_publish(
+        self,
+        op: Operation,
+        slots: Sequence[SlotId],
+        infos: Sequence[ChunkInfo],
+        src: Sequence[Tensor],
+        scratch: memoryview,
+    ) -> None:
+        self._io.write(op, infos, src, scratch)
+        with self._lock:
+            if not self._closed:
+                self._written.update(slots[member] for member in op.members)
 
     def _start_read(
         self,

@@ -108,7 +108,8 @@ class IoEngine:
         Raises
         ------
         TransferTimeout
-            A job was still running after ``deadline_s``. Its thread was left behind.
+            A job was still running after ``deadline_s``. Its thread was left behind, and what
+            was queued behind it is cancelled.
         """
         with self._changed:
             self._closing = True
@@ -118,6 +119,7 @@ class IoEngine:
             thread.join(max(0.0, deadline - time.monotonic()))
         stuck = [thread.name for thread in self._threads if thread.is_alive()]
         if stuck:
+            self._cancel_queued()
             raise TransferTimeout(
                 f"disk I/O still running {self.deadline_s} s after close: {', '.join(stuck)}"
             )
@@ -129,6 +131,11 @@ class IoEngine:
     def _admits(self, n: int) -> bool:
         queued = self._num_queued
         return self._closing or queued == 0 or queued + n <= self.max_queued
+
+    def _cancel_queued(self) -> None:
+        with self._changed:
+            for task in (*self._urgent, *self._patient):
+                task.future.cancel()
 
     def _serve(self) -> None:
         scratch = memoryview(mmap.mmap(-1, SCRATCH_PAGES * PAGE_BYTES))

@@ -1,10 +1,12 @@
 """Move records between buffers and segment files. Runs on the threads of the I/O engine."""
 
+import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from offload.errors import StorageError
 from offload.tiers.io_engine import VectoredCall, read_fully, supports_direct_io, write_fully
 from offload.tiers.io_plan import Extent, Operation, plan_io
 from offload.tiers.record import (
@@ -86,9 +88,12 @@ class RecordIo:
         StorageError
         """
         headers, payloads, buffers = _scatter(op, out, scratch)
-        with self._files.open(op.segment, writing=False, direct=self._fits_direct(out)) as fd:
-            what = self._describe("read", op.segment, op.offset, op.num_bytes)
+        what = self._describe("read", op.segment, op.offset, op.num_bytes)
+
+        def move(fd: int) -> None:
             read_fully(fd, buffers, op.offset, what, self._preadv)
+
+        self._on_file(op.segment, move, writing=False, direct=self._fits_direct(out))
         for member, header, payload in zip(op.members, headers, payloads, strict=True):
             verify(header, payload, self.fmt, infos[member])
 
@@ -116,9 +121,12 @@ class RecordIo:
             chunk = payload[: self.fmt.layout.chunk_bytes]
             digests = digest_heads(chunk, self.fmt.head_bytes)
             header[:] = pack_header(self.fmt, infos[member], digests)
-        with self._files.open(op.segment, writing=True, direct=self._fits_direct(src)) as fd:
-            what = self._describe("write", op.segment, op.offset, op.num_bytes)
+        what = self._describe("write", op.segment, op.offset, op.num_bytes)
+
+        def move(fd: int) -> None:
             write_fully(fd, buffers, op.offset, what, self._pwritev)
+
+        self._on_file(op.segment, move, writing=True, direct=self._fits_direct(src))
 
     def read_heads(
         self,
@@ -152,13 +160,33 @@ class RecordIo:
         start = index * self.fmt.record_bytes
         offset = start + PAGE_BYTES + first * self.fmt.head_bytes
         direct = self._fits_direct([out]) and self.fmt.head_bytes % PAGE_BYTES == 0
-        with self._files.open(segment, writing=False, direct=direct) as fd:
+
+        def move(fd: int) -> None:
             what = self._describe("read", segment, start, PAGE_BYTES)
             read_fully(fd, [header], start, what, self._preadv)
             what = self._describe("read", segment, offset, len(payload))
             read_fully(fd, [payload], offset, what, self._preadv)
+
+        self._on_file(segment, move, writing=False, direct=direct)
         digests = check_header(header, self.fmt, info)
         check_heads(payload, self.fmt, info, digests, first)
+
+    def _on_file(
+        self, segment: int, move: Callable[[int], None], *, writing: bool, direct: bool
+    ) -> None:
+        """Open a segment and move bytes, through the page cache if need be.
+
+        The system refuses single calls with ``O_DIRECT`` too, for instance where a limit on the
+        file size cuts them inside a page; without it, the same call tells what is wrong.
+        """
+        try:
+            with self._files.open(segment, writing=writing, direct=direct) as fd:
+                move(fd)
+        except StorageError as error:
+            if not direct or error.errno != errno.EINVAL:
+                raise
+            with self._files.open(segment, writing=writing, direct=False) as fd:
+                move(fd)
 
     def _fits_direct(self, buffers: Sequence[Tensor]) -> bool:
         return self.is_direct and all(buffer.data_ptr() % PAGE_BYTES == 0 for buffer in buffers)

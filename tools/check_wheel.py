@@ -4,6 +4,7 @@ The build uses the setuptools of this environment, the installation takes no dep
 clean environment borrows this one's, so nothing is downloaded.
 """
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,14 +13,16 @@ import tomllib
 import venv
 import zipfile
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 ROOT = Path(__file__).resolve().parent.parent
+NOT_SOURCE = (".*", "__pycache__", "*.egg-info", "build", "dist", "results")
 BARE_NAMES = ("tiers", "index", "prefetch", "kernels")
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="offload-wheel-") as temporary:
-        wheel = build(Path(temporary) / "dist")
+        wheel = build(Path(temporary))
         problems = look_inside(wheel)
         python = install(wheel, Path(temporary) / "venv")
         problems += try_imports(python)
@@ -29,14 +32,17 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def build(destination: Path) -> Path:
+def build(temporary: Path) -> Path:
     """Build an sdist, and from it a wheel, so that the sdist is known to be complete."""
+    # From a copy: setuptools also ships what an earlier build in the same tree has listed.
+    source, destination = temporary / "source", temporary / "dist"
+    shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(*NOT_SOURCE))
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(destination)]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.run([*command, str(ROOT)], check=False, stdout=log, stderr=log)
-        if process.returncode != 0:
-            log.seek(0)
-            sys.exit(f"{log.read().decode()}\nwheel: the build failed")
+    process = subprocess.run(
+        [*command, str(source)], check=False, stdout=PIPE, stderr=STDOUT, text=True
+    )
+    if process.returncode != 0:
+        sys.exit(f"{process.stdout}\nwheel: the build failed")
     return next(destination.glob("*.whl"))
 
 
@@ -80,7 +86,7 @@ def try_imports(python: Path) -> list[str]:
     found = run(python, "import offload; print(offload.__file__)")
     if not found.stdout.startswith(str(python.parent.parent)):
         problems.append(f"import offload found {found.stdout or found.stderr}")
-    command = [python.parent / "offload", "--version"]
+    command = [str(python.parent / "offload"), "--version"]
     version = subprocess.run(command, cwd="/", check=False, capture_output=True, text=True)
     print(f"wheel: offload --version: {version.stdout.strip()}")
     if version.returncode != 0:

@@ -18,27 +18,7 @@ from tests.contracts.tier_contract import (
     make_infos,
     same_chunks,
 )
-
-
-def make_disk_tier(
-    directory: Path,
-    num_slots: int = 8,
-    layout: ChunkLayout = WHOLE_PAGES,
-    *,
-    records_per_segment: int = 3,
-    fingerprint: bytes = b"model",
-    num_threads: int = 2,
-) -> DiskTier:
-    record_bytes = PAGE_BYTES + layout.slot_bytes
-    return DiskTier(
-        directory,
-        capacity_bytes=num_slots * record_bytes,
-        layout=layout,
-        fingerprint=fingerprint,
-        num_threads=num_threads,
-        segment_bytes=records_per_segment * record_bytes,
-        deadline_s=WAIT_S,
-    )
+from tests.support.disk import make_disk_tier
 
 
 def allocated_bytes(directory: Path) -> int:
@@ -222,4 +202,4 @@ class TestDiskTier(TierContract):
     def test_directory_that_is_a_file_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(ConfigError, match=str(tmp_path / "file")):
-            make_disk_tier(tmp_path / "file")
+            make_disk_tier(tmp_path / "file", 8, WHOLE_PAGES)

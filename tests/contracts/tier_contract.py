@@ -48,7 +48,7 @@ class TierContract(ABC):
         """Return a new, empty tier. The contract closes it."""
 
     @pytest.fixture
-    def new_tier(self, tmp_path: object) -> Iterator[MakeTier]:
+    def new_tier(self) -> Iterator[MakeTier]:
         """Make tiers that are closed, and checked once more, when the test is over."""
         tiers: list[Tier] = []
 

@@ -37,13 +37,7 @@ def no_leaks(temporary_files: Path) -> Iterator[None]:
         patch.setenv("TMPDIR", str(temporary_files))
         yield
     leaks = [f"thread {name}" for name in _threads_since(threads)]
-    # Descriptors close when their owner is collected, which a reference cycle may put off.
-    gc.collect()
-    leaks += [
-        f"descriptor {number} -> {target}"
-        for number, target in _open_descriptors().items()
-        if descriptors.get(number) != target
-    ]
+    leaks += [f"descriptor {opened}" for opened in _descriptors_since(descriptors)]
     leaks += [f"temporary file {path}" for path in sorted(temporary_files.rglob("*"))]
     assert not leaks, "left behind: " + "; ".join(leaks)
 
@@ -54,6 +48,16 @@ def _threads_since(before: set[threading.Thread]) -> list[str]:
         # A thread that was told to stop may still be on its way out.
         thread.join(_GRACE_S)
     return sorted(thread.name for thread in started if thread.is_alive())
+
+
+def _descriptors_since(before: dict[str, str]) -> list[str]:
+    opened = _open_descriptors().items() - before.items()
+    if opened:
+        # A descriptor closes with its owner, which a reference cycle may keep until a collection;
+        # after every test that would take longer than the tests.
+        gc.collect()
+        opened = _open_descriptors().items() - before.items()
+    return sorted(f"{number} -> {target}" for number, target in opened)
 
 
 def _open_descriptors() -> dict[str, str]:

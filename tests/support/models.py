@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from offload.types import ChunkLayout
+from offload.types import PAGE_BYTES, ChunkLayout
 
 VOCAB_SIZE = 96
 """Token ids of every model here; 0 is the padding, 1 may end a beam, 2 starts a text."""
@@ -180,20 +180,19 @@ def cached_layouts(model: PreTrainedModel, chunk_tokens: int) -> tuple[ChunkLayo
 
 
 def tight_capacity(model: PreTrainedModel, batch: int, chunk_tokens: int) -> dict[str, int]:
-    """Return capacities, in bytes per tier, so small that a prompt of 40 tokens needs all tiers.
+    """Return capacities in bytes so small that 40 tokens of two layers need all three tiers.
+
+    Per row, the device has room for the tails, for three staging buffers of one chunk, and for one
+    chunk more; the host for one chunk beside the two write buffers.
 
     Parameters
     ----------
     model : PreTrainedModel
     batch : int
-        Rows, beams included.
+        Most rows the cache will hold, beams and forks included.
     chunk_tokens : int
     """
     layouts = cached_layouts(model, chunk_tokens)
-    slot = layouts[0].slot_bytes if layouts else 4096
-    staging, spare = 4 * max(2, batch), 2 * batch
-    return {
-        "gpu": (len(layouts) * batch + staging + spare) * slot,
-        "cpu": (6 + 8) * slot,
-        "disk": 4096 * slot,
-    }
+    slot = layouts[0].slot_bytes if layouts else PAGE_BYTES
+    tails = sum(layout.chunk_bytes for layout in layouts) * batch
+    return {"gpu": tails + 4 * batch * slot, "cpu": (2 + batch) * slot, "disk": 4096 * slot}

@@ -1,7 +1,8 @@
 """Every way to generate text that touches a cache differently.
 
 A mode is a function ``(model, make_cache) -> Outcome`` that is the same for every cache, so that
-two caches can be compared. Whatever it draws at random is drawn from fixed seeds.
+two caches can be compared. Whatever it draws at random is drawn from fixed seeds. Caches that it
+makes belong to the caller, who closes them; forks of them, it closes itself.
 """
 
 import copy
@@ -31,7 +32,7 @@ class Outcome:
     tokens : sequence of Tensor
         Generated ids, prompts included; int64 ``[rows, num_tokens]`` each.
     logits : sequence of Tensor
-        Raw logits of every step, float32 ``[rows, VOCAB_SIZE]`` each.
+        Raw logits of every step, float32 ``[rows, ..., VOCAB_SIZE]`` each.
     """
 
     tokens: Sequence[Tensor]
@@ -50,7 +51,7 @@ class Mode:
     rows : int
         Most rows that its cache ever holds, beams and forks included.
     run : callable
-        Does it, on a model, with caches that it makes and closes.
+        Does it.
     """
 
     rows: int
@@ -114,10 +115,7 @@ def decode(model: PreTrainedModel, cache: Cache, ids: Tensor, steps: int = NEW_T
 
 def _one_call(ids: Callable[[], dict[str, Tensor]], **arguments: Any) -> Run:  # noqa: ANN401
     def run(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome:
-        cache = make_cache()
-        outcome = generate(model, cache, **ids(), **arguments)
-        release(cache)
-        return outcome
+        return generate(model, make_cache(), **ids(), **arguments)
 
     return run
 
@@ -137,20 +135,13 @@ def _repetitive() -> dict[str, Tensor]:
 
 def assisted(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome:
     """Let a small model draft, which is nearly always wrong: every step crops."""
-    cache = make_cache()
-    outcome = generate(
-        model, cache, input_ids=prompt(1, 60), assistant_model=make_model("llama", "eager", seed=9)
-    )
-    release(cache)
-    return outcome
+    drafter = make_model("llama", "eager", seed=9)
+    return generate(model, make_cache(), input_ids=prompt(1, 60), assistant_model=drafter)
 
 
 def self_assisted(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome:
     """Let the model draft for itself, which is always right: many tokens arrive at once."""
-    cache = make_cache()
-    outcome = generate(model, cache, input_ids=prompt(1, 60), assistant_model=model)
-    release(cache)
-    return outcome
+    return generate(model, make_cache(), input_ids=prompt(1, 60), assistant_model=model)
 
 
 def three_turns(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome:
@@ -159,7 +150,6 @@ def three_turns(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome:
     for turn in range(3):
         outcomes.append(generate(model, cache, input_ids=ids))
         ids = torch.cat([outcomes[-1].tokens[0], prompt(2, 5 + 6 * turn, seed=turn)], 1)
-    release(cache)
     return join(outcomes)
 
 
@@ -171,7 +161,6 @@ def padded_turns(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome:
     grown = torch.ones_like(ids)
     grown[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
     second = generate(model, cache, input_ids=ids, attention_mask=grown)
-    release(cache)
     return join([first, second])
 
 
@@ -185,7 +174,7 @@ def prefix_forks(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome:
     for i, fork in enumerate(forks):
         ids = torch.cat([prefix, prompt(1, 4 + 7 * i, seed=20 + i)], 1)
         outcomes.append(generate(model, fork, input_ids=ids))
-    for fork in forks:
+    for fork in forks[:2]:
         release(fork)
     return join(outcomes)
 
@@ -193,10 +182,8 @@ def prefix_forks(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome:
 @torch.no_grad()
 def inputs_embeds(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome:
     """Start from embeddings instead of ids."""
-    cache = make_cache()
-    outcome = generate(model, cache, inputs_embeds=model.get_input_embeddings()(prompt(2, 48)))
-    release(cache)
-    return outcome
+    embeds = model.get_input_embeddings()(prompt(2, 48))
+    return generate(model, make_cache(), inputs_embeds=embeds)
 
 
 def reset_and_reuse(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome:
@@ -205,7 +192,6 @@ def reset_and_reuse(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome
     first = generate(model, cache, input_ids=prompt(2, 50))
     cache.reset()
     second = generate(model, cache, input_ids=prompt(2, 44, seed=5))
-    release(cache)
     return join([first, second])
 
 
@@ -217,22 +203,22 @@ def _edited(batch: int, edit: Callable[[Cache], None], rows: int) -> Mode:
         cache = make_cache()
         model(prompt(batch, 53), past_key_values=cache)
         edit(cache)
-        outcome = decode(model, cache, prompt(rows, 3, seed=4))
-        release(cache)
-        return outcome
+        return decode(model, cache, prompt(rows, 3, seed=4))
 
     return Mode(max(batch, rows), run)
 
 
 @torch.no_grad()
 def crop_and_continue(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome:
-    """Take tokens back, by few and by many, and continue differently each time."""
+    """Take tokens back, many and few, and continue differently each time."""
     cache, outcomes = make_cache(), []
+    record = getattr(cache, "activate_past_recording", None)  # transformers 5.14 and newer
+    if record is not None:
+        record()
     model(prompt(2, 60), past_key_values=cache)
-    for i, removed in enumerate((1, 6, 30)):
+    for i, removed in enumerate((30, 6, 1)):
         cache.crop(-removed)
         outcomes.append(decode(model, cache, prompt(2, 4, seed=30 + i), steps=4))
-    release(cache)
     return join(outcomes)
 
 
@@ -241,21 +227,19 @@ def pieces(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome:
     """Feed a text in pieces of every kind of length, and look at the logits of every token."""
     cache, ids, logits = make_cache(), prompt(2, 70), []
     for piece in ids.split([1, 2, 13, 1, 16, 3, 32, 1, 1], 1):
-        logits.append(model(piece, past_key_values=cache).logits.flatten(0, 1))
-    release(cache)
-    return Outcome([torch.cat(logits).argmax(-1, keepdim=True)], logits)
+        logits.append(model(piece, past_key_values=cache).logits)
+    best = [step[:, -1].argmax(-1, keepdim=True) for step in logits]
+    return Outcome([torch.cat(best, 1)], logits)
 
 
 @torch.no_grad()
 def masked_holes(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome:
     """Hide tokens in the middle of the rows, also such as fill whole chunks."""
-    cache, ids = make_cache(), prompt(2, 60)
+    ids = prompt(2, 60)
     mask = torch.ones_like(ids)
     mask[0, 9:31] = 0
     mask[1, ::3] = 0
-    outcome = generate(model, cache, input_ids=ids, attention_mask=mask)
-    release(cache)
-    return outcome
+    return generate(model, make_cache(), input_ids=ids, attention_mask=mask)
 
 
 @torch.no_grad()
@@ -274,7 +258,6 @@ def tree_mask(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome:
         attention_mask=torch.where(allowed, 0.0, torch.finfo(torch.float32).min),
         position_ids=torch.tensor([[past + len(ancestors) for ancestors in parents]]),
     )
-    release(cache)
     return Outcome([out.logits.argmax(-1)], [out.logits[0]])
 
 

@@ -2,11 +2,13 @@
 
 import ast
 import statistics
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -33,6 +35,9 @@ HUGGING_FACE = {
     "cli_demo",
     "cli_doctor",
     "cli_generate",
+    "demo",
+    "demo_report",
+    "generate",
     "layers",
     "masks",
     "mla",
@@ -41,6 +46,9 @@ HUGGING_FACE = {
     "support",
 }
 
+# Imported where they are found, and done without where they are not.
+OPTIONAL = {"triton"}
+
 MAX_LINES = 400
 MAX_MEDIAN_LINES = 150
 
@@ -48,6 +56,12 @@ MAX_MEDIAN_LINES = 150
 def python_files(*folders: str) -> list[Path]:
     """List the files of root folders, each under its real path."""
     return sorted({file.resolve() for name in folders for file in (ROOT / name).rglob("*.py")})
+
+
+def runtime_files() -> list[Path]:
+    """List the files of the package that are not on the Hugging Face side."""
+    face = {ROOT / "offload" / f"{name}.py" for name in HUGGING_FACE}
+    return [file for file in python_files("offload", *FOLDERS) if file not in face]
 
 
 def imported_modules(file: Path) -> Iterator[str]:
@@ -126,13 +140,18 @@ def test_import_from_a_shared_module_is_nouns_only(name: str) -> None:
     assert ours <= NOUNS - {name}
 
 
-@pytest.mark.parametrize("file", python_files("offload", *FOLDERS), ids=relative)
+@pytest.mark.parametrize("file", runtime_files(), ids=relative)
 def test_import_from_the_runtime_does_not_reach_hugging_face(file: Path) -> None:
-    if file.parent.name == "offload" and file.stem in HUGGING_FACE:
-        pytest.skip("is on the Hugging Face side")
     barred = {"transformers"} | {f"offload.{name}" for name in HUGGING_FACE}
     modules = imported_modules(file)
     assert not [module for module in modules if any(is_inside(module, name) for name in barred)]
+
+
+@pytest.mark.parametrize("file", python_files("offload", *FOLDERS), ids=relative)
+def test_import_of_another_distribution_is_declared(file: Path) -> None:
+    declared = {Requirement(text).name for text in PYPROJECT["project"]["dependencies"]}
+    modules = {module.partition(".")[0] for module in imported_modules(file)}
+    assert modules - sys.stdlib_module_names - {"offload"} <= declared | OPTIONAL
 
 
 @pytest.mark.parametrize("file", python_files(*ALL_FOLDERS), ids=relative)

@@ -13,7 +13,12 @@ from tests.support.leaks import no_leaks
 def _leave_a_thread(stop: threading.Event) -> Callable[[], object]:
     thread = threading.Thread(target=stop.wait, name="forgotten")
     thread.start()
-    return lambda: (stop.set(), thread.join())
+
+    def undo() -> None:
+        stop.set()
+        thread.join()
+
+    return undo
 
 
 def _leave_a_descriptor(_: threading.Event) -> Callable[[], object]:

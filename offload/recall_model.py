@@ -1,0 +1,39 @@
+"""Loading the recall model that ships with the package. For what it is: docs/recall-model.md."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_recall_model(
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model and its byte-level tokenizer from the installed package.
+
+    Reads local files only and touches no network. Both are ordinary ``transformers`` objects.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        Of the weights and hence of the KV cache: ``float32`` or ``bfloat16``.
+
+    Returns
+    -------
+    model : Qwen3ForCausalLM
+        On the CPU, in evaluation mode. Four full-attention layers, two KV heads of 64 dimensions.
+    tokenizer : PreTrainedTokenizerBase
+        One token per byte; it adds no special tokens. ``build_document`` works without it.
+    """
+    # Imported here because it takes seconds, and importing the package should not.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with resources.as_file(resources.files("offload") / "assets" / "recall_model") as folder:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.eval(), tokenizer

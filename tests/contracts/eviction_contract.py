@@ -1,0 +1,65 @@
+"""What every eviction policy must do. Not collected itself: subclass it as ``Test…``."""
+
+from abc import ABC, abstractmethod
+
+import pytest
+
+from offload.tiers.eviction import EvictionPolicy
+from offload.types import ChunkId
+
+
+def ids(*numbers: int) -> list[ChunkId]:
+    return [ChunkId(number) for number in numbers]
+
+
+class EvictionContract(ABC):
+    """Subclass, and say how to make the policy."""
+
+    @abstractmethod
+    def make_policy(self) -> EvictionPolicy:
+        """Return a new policy."""
+
+    @pytest.fixture
+    def policy(self) -> EvictionPolicy:
+        return self.make_policy()
+
+    @pytest.fixture
+    def filled(self, policy: EvictionPolicy) -> EvictionPolicy:
+        """A policy with the chunks 0 to 4, inserted in this order."""
+        for chunk in ids(0, 1, 2, 3, 4):
+            policy.insert(chunk)
+        return policy
+
+    def test_policy_of_nothing_has_no_victims(self, policy: EvictionPolicy) -> None:
+        assert policy.victims(3) == []
+
+    @pytest.mark.parametrize("n", [0, 1, 3, 5, 9])
+    def test_victims_are_distinct_residents_and_at_most_as_many_as_asked(
+        self, filled: EvictionPolicy, n: int
+    ) -> None:
+        victims = filled.victims(n)
+        assert len(victims) <= n
+        assert len(set(victims)) == len(victims)
+        assert set(victims) <= set(ids(0, 1, 2, 3, 4))
+
+    def test_victims_never_include_excluded_chunks(self, filled: EvictionPolicy) -> None:
+        assert not set(filled.victims(5, exclude=set(ids(0, 2, 4)))) & set(ids(0, 2, 4))
+
+    def test_victims_never_include_removed_chunks(self, filled: EvictionPolicy) -> None:
+        for chunk in ids(0, 1):
+            filled.remove(chunk)
+        assert not set(filled.victims(5)) & set(ids(0, 1))
+
+    def test_asking_for_victims_changes_nothing(self, filled: EvictionPolicy) -> None:
+        assert filled.victims(3) == filled.victims(3)
+
+    def test_touch_of_unknown_chunks_does_not_make_them_residents(
+        self, policy: EvictionPolicy
+    ) -> None:
+        policy.touch(ids(7, 8))
+        assert policy.victims(2) == []
+
+    def test_remove_of_an_unknown_chunk_is_ignored(self, filled: EvictionPolicy) -> None:
+        before = filled.victims(5)
+        filled.remove(ChunkId(99))
+        assert filled.victims(5) == before
