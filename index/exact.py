@@ -1,4 +1,4 @@
-"""The exact index: every chunk that attention may see, none left out. The reference for all others."""
+"""The exact index: every chunk that attention may see. The reference for all others."""
 
 
 def visible_chunks(

@@ -43,7 +43,7 @@ def partial_attention(
 
     Shapes as there. With ``offset`` 0 the keys must be those of the queries themselves.
     """
-    batch, num_chunks, num_kv_heads, chunk_tokens, _ = keys.shape
+    batch, num_chunks, num_kv_heads, _, _ = keys.shape
     num_heads, num_queries = query.shape[1:3]
     group = num_heads // num_kv_heads
     if offset is not None and num_queries > 1:
@@ -64,7 +64,7 @@ def _per_chunk(
     rows: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None
 ) -> Partial:
     """Treat every chunk as a batch row of its own, so that the pool is read in place."""
-    batch, num_chunks, num_kv_heads, chunk_tokens, _ = keys.shape
+    batch, num_chunks, _, chunk_tokens, _ = keys.shape
     spread = rows.unsqueeze(1).expand(-1, num_chunks, -1, -1, -1).flatten(0, 1)
     if bias is not None:
         bias = bias.unflatten(-1, (num_chunks, chunk_tokens)).permute(0, 3, 1, 2, 4)
@@ -131,9 +131,7 @@ def _rows_of(bias: Tensor, start: int, stop: int) -> Tensor:
 def _folded(grouped: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor) -> Partial:
     batch, num_kv_heads, group, num_queries, _ = grouped.shape
     query = grouped.flatten(1, 2)
-    part = _flash(
-        grouped.flatten(2, 3), keys, values, scale, _fold_bias(bias, query, num_kv_heads)
-    )
+    part = _flash(grouped.flatten(2, 3), keys, values, scale, _fold_bias(bias, query, num_kv_heads))
     shape = (batch, num_kv_heads * group, num_queries)
     return Partial(part.out.reshape(*shape, -1), part.lse.reshape(shape))
 

@@ -1,8 +1,8 @@
 """Partial attention in plain torch: the definition that every faster kernel is tested against.
 
-Keys and values come as chunks, ``[batch, num_chunks, num_kv_heads, chunk_tokens, dim]``, usually as
-strided views of a pool, so that nothing has to be copied to be attended. Scores, the softmax and the
-merge are computed in float32 (float64 for float64 inputs).
+Keys and values come as chunks, ``[batch, num_chunks, num_kv_heads, chunk_tokens, dim]``, usually
+as strided views of a pool, so that nothing has to be copied to be attended. Scores, the softmax and
+the merge are computed in float32 (float64 for float64 inputs).
 """
 
 import math
@@ -144,7 +144,7 @@ def _accumulator(query: Tensor) -> torch.dtype:
 
 
 def _flatten(chunks: Tensor) -> Tensor:
-    """``[batch, num_chunks, heads, tokens, dim]`` to ``[batch, heads, num_chunks * tokens, dim]``."""
+    """``[batch, chunks, heads, tokens, dim]`` to ``[batch, heads, chunks * tokens, dim]``."""
     return chunks.transpose(1, 2).flatten(2, 3)
 
 

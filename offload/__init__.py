@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - the module protocol (PEP 562)
+def __getattr__(name: str) -> Any:
     # transformers takes seconds to import; whoever wants sizes or errors should not wait for it.
     if name == "OffloadedCache":
         from offload.cache import OffloadedCache

@@ -11,7 +11,7 @@ from offload.errors import ConfigError
 OLDEST = "5.4"
 VERSION = Version(transformers.__version__).release
 
-if VERSION < Version(OLDEST).release:
+if Version(OLDEST).release > VERSION:
     raise ConfigError(
         f"transformers {transformers.__version__} is installed; offload needs {OLDEST} or newer, "
         "where the cache interface changed: pip install -U transformers"

@@ -33,11 +33,11 @@ def install() -> None:
             return
 
         @functools.wraps(lookup)
-        def get_interface(self: Any, name: str, default: AttentionFunction) -> AttentionFunction:  # noqa: ANN401
+        def get_interface(self: Any, name: str, default: AttentionFunction) -> AttentionFunction:
             return dispatcher(lookup(self, name, default))
 
         get_interface._offload_original = lookup  # type: ignore[attr-defined]
-        AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+        AttentionInterface.get_interface = get_interface  # type: ignore[method-assign, assignment]
 
 
 @functools.cache
@@ -46,12 +46,12 @@ def dispatcher(original: AttentionFunction) -> AttentionFunction:
 
     @functools.wraps(original)
     def attention(
-        module: Any,  # noqa: ANN401 - any attention module
+        module: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
-        **kwargs: Any,  # noqa: ANN401 - passed through
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         handle = find_handle(module, query, key)
         if handle is None:
@@ -65,7 +65,11 @@ def dispatcher(original: AttentionFunction) -> AttentionFunction:
 
 @torch.compiler.disable
 def _attend(
-    handle: Handle, module: Any, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]  # noqa: ANN401
+    handle: Handle,
+    module: Any,
+    query: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
 ) -> Tensor:
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None and kwargs[name] is not False:

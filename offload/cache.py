@@ -59,7 +59,7 @@ class OffloadedCache(Cache):
         capacity: Mapping[str, int | str] | None = None,
         disk_path: str | Path | None = None,
         chunk_tokens: int = 64,
-        config: Any = None,  # noqa: ANN401 - any model's config
+        config: Any = None,
     ) -> None:
         core = CacheCore(check_settings(tiers, policy, capacity, disk_path, chunk_tokens))
         self._adopt(core, [])
@@ -70,7 +70,11 @@ class OffloadedCache(Cache):
                 self.close()
                 raise
 
-    def bind(self, config: Any) -> None:  # noqa: ANN401 - any model's config
+    layers: list[Any]
+    _bound: bool
+    _records_past: bool
+
+    def bind(self, config: Any) -> None:
         """Learn the kinds of the model's layers; called by the first forward pass.
 
         Raises
@@ -91,21 +95,23 @@ class OffloadedCache(Cache):
         self._core.can_undo = ours == len(layers)
         self._core.latent_dims = latent_dims(text_config)
         if self._records_past:
-            super().activate_past_recording()
+            super().activate_past_recording()  # type: ignore[no-untyped-call]
 
     def update(
         self,
         key_states: Tensor,
         value_states: Tensor,
         layer_idx: int,
-        *args: Any,  # noqa: ANN401 - transformers' interface
-        **kwargs: Any,  # noqa: ANN401
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Store the new keys and values of one layer; see ``OffloadedLayer.update``."""
         self._core.check_open()
         while len(self.layers) <= layer_idx:
             self.layers.append(OffloadedLayer(self._core, len(self.layers), self))
-        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        states: tuple[Tensor, Tensor]
+        states = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        return states
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return the length and offset of the keys that the next mask covers."""
@@ -116,7 +122,7 @@ class OffloadedCache(Cache):
     def activate_past_recording(self) -> None:
         """Make layers of bounded size keep what ``crop`` may want back (assisted decoding)."""
         self._records_past = True  # generate asks before the first forward tells the layers
-        super().activate_past_recording()
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Forget every token; tiers, capacities and the disk folder stay."""

@@ -3,18 +3,15 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Final
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
-from rich.text import Text
 from transformers import DynamicCache
 
 from offload import demo
 from offload.cache import OffloadedCache
 from offload.cli_options import add_run_options, apply_threads, positive_int
+from offload.cli_progress import token_progress
 from offload.demo_report import SLACK_BYTES, DemoReport, print_report, report_data
 from offload.peak_memory import PeakMemory
 from offload.recall_data import build_document
@@ -88,12 +85,12 @@ def measure(args: argparse.Namespace) -> DemoReport:
             chunk_tokens=args.chunk_tokens,
             config=model.config,
         )
-        with cache, _progress("OffloadedCache", args.tokens) as advance:
+        with cache, token_progress("OffloadedCache", args.tokens) as advance:
             offloaded = reader.run(cache, facts, advance)
             stats = cache.stats()
     baseline = None
     if not args.no_baseline:
-        with _progress("DynamicCache", args.tokens) as advance:
+        with token_progress("DynamicCache  ", args.tokens) as advance:
             baseline = reader.run(DynamicCache(config=model.config), facts, advance)
     allowed = sum(stats.tiers[tier].capacity_bytes for tier in ("gpu", "cpu"))
     allowed += int(model.get_memory_footprint()) + SLACK_BYTES
@@ -103,20 +100,3 @@ def measure(args: argparse.Namespace) -> DemoReport:
 def _given_capacity(args: argparse.Namespace) -> dict[str, int | str]:
     sizes = {tier: getattr(args, f"capacity_{tier}") for tier in _TIERS}
     return {tier: size for tier, size in sizes.items() if size is not None}
-
-
-class _TokenRate(ProgressColumn):
-    """Tokens per second so far."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.finished_speed or task.speed or 0:,.0f} tokens/s")
-
-
-@contextmanager
-def _progress(name: str, num_tokens: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on standard error; yield what moves it on."""
-    title = TextColumn("reading into {task.description:14}")
-    columns = (title, BarColumn(), _TokenRate(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(name, total=num_tokens)
-        yield lambda num_read: progress.advance(task, num_read)

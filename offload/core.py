@@ -146,9 +146,8 @@ class CacheCore:
             for index, sequence in self.runtime.layers.items():
                 if sequence.num_tokens > self._step_tokens:
                     self.runtime.crop(index, self._step_tokens)
-        except Exception as error:  # noqa: BLE001 - the first error is the one to report
+        except Exception as error:
             cause.add_note(f"undoing the step failed as well: {error}")
             self._torn_by = cause
         if not self.can_undo:
             self._torn_by = cause
-

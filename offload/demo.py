@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.cache import OffloadedCache
 from offload.errors import ConfigError
+from offload.prefill import prefill
 from offload.recall_data import MAX_ANSWER_TOKENS, Fact, RecallDocument, is_correct
 
 DEVICE_SHARE, HOST_SHARE = 0.10, 0.15
@@ -100,7 +101,8 @@ class Reader:
             Told after each forward pass how many tokens were read.
         """
         started = time.perf_counter()
-        self.read(cache, advance)
+        document = self._tensor(self._document.token_ids)
+        prefill(self._model, cache, document, self._piece_tokens, advance)
         read_s = time.perf_counter() - started
         answers, answer_s = [], 0.0
         for fact in facts:
@@ -112,13 +114,6 @@ class Reader:
         num_answer_tokens = sum(len(answer.token_ids) for answer in answers)
         num_read = len(self._document.token_ids)
         return Session(tuple(answers), num_read, read_s, num_answer_tokens, answer_s)
-
-    @torch.no_grad()
-    def read(self, cache: Cache, advance: Callable[[int], None]) -> None:
-        """Run the document through the model in pieces, for what that leaves in the cache."""
-        for piece in self._tensor(self._document.token_ids).split(self._piece_tokens, dim=1):
-            self._model(piece, past_key_values=cache, logits_to_keep=1)
-            advance(piece.shape[1])
 
     def ask(self, cache: Cache, fact: Fact) -> list[int]:
         """Return what is generated, greedily, after the document and the question for a fact.

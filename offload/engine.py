@@ -87,6 +87,7 @@ class Engine:
             self.counters,
             config.deadline_s,
         )
+        self._peaks = [0] * len(self.tiers)
         self._open_staging(sizes)
 
     @property
@@ -106,6 +107,11 @@ class Engine:
             return self.tail_bytes + self.loader.num_bytes
         return self._host_extra_bytes if tier == "cpu" else 0
 
+    def peak_bytes(self, level: int) -> int:
+        """Return the most bytes a tier has held at a time, chunks and all else."""
+        beside = self.beside_chunks_bytes(self.tiers[level].name)
+        return max(self._peaks[level], self.store.peak_bytes(level) + beside)
+
     def acquire(self) -> None:
         """Note one more user; ``release`` of the last one closes the engine."""
         self._num_users += 1
@@ -120,28 +126,21 @@ class Engine:
             moved down.
         """
         total = self.tail_bytes - self._tails.get(owner, 0) + tail_bytes
-        grows = total > self.tail_bytes or batch > self._buffer_chunks
         sizes = self._plan(total, batch)
-        if batch > self._buffer_chunks:
+        widens = batch > self._buffer_chunks
+        self._note_peaks()
+        if self._tails and (widens or total > self.tail_bytes):
             self.stream.drain()
+            staging = sizes.num_buffers * sizes.buffer_chunks * self.layout.slot_bytes
+            self._make_room(total, staging if widens else self.loader.num_bytes)
+        if widens:
             self.loader.close()
             self._open_staging(sizes)
-        pool = self.device_pool
-        if pool is not None and grows and self._tails:
-            capacity = self.config.capacities["gpu"]
-            slots = (capacity - total - self.loader.num_bytes) // self.layout.slot_bytes
-            if slots < 0:
-                raise CapacityError(
-                    f"gpu capacity {capacity} bytes cannot hold {total} bytes of growing chunks "
-                    f"beside {self.loader.num_bytes} bytes of staging"
-                )
-            if slots < pool.num_slots:
-                self.stream.drain()
-                self.store.shrink(0, slots)
         self._tails[owner] = tail_bytes
 
     def release(self, owner: int) -> None:
         """Give back an owner's tails; the last one stops every thread and closes the tiers."""
+        self._note_peaks()
         self._tails.pop(owner, None)
         self._num_users -= 1
         if self._num_users == 0:
@@ -155,6 +154,24 @@ class Engine:
         """Chunks that fit in one staging buffer."""
         return self._buffer_chunks
 
+    def _make_room(self, tail_bytes: int, staging_bytes: int) -> None:
+        """Shrink the device pool to what tails and staging leave of the capacity."""
+        if self.device_pool is None:
+            return
+        capacity = self.config.capacities["gpu"]
+        slots = (capacity - tail_bytes - staging_bytes) // self.layout.slot_bytes
+        if slots < 0:
+            raise CapacityError(
+                f"gpu capacity {capacity} bytes cannot hold {tail_bytes} bytes of growing chunks "
+                f"beside {staging_bytes} bytes of staging"
+            )
+        self.store.shrink(0, slots)
+        self.store.restart_peaks()
+
+    def _note_peaks(self) -> None:
+        """Remember the peaks so far, before what lies beside the chunks changes."""
+        self._peaks = [self.peak_bytes(level) for level in range(len(self.tiers))]
+
     def _plan(self, tail_bytes: int, batch: int) -> WorkingSet:
         capacities = self.config.capacities
         return plan_working_set(
@@ -167,9 +184,7 @@ class Engine:
 
     def _open_staging(self, sizes: WorkingSet) -> None:
         self._buffer_chunks = sizes.buffer_chunks
-        self.loader = StagingLoader(
-            self.store, sizes.num_buffers, sizes.buffer_chunks, self.device
-        )
+        self.loader = StagingLoader(self.store, sizes.num_buffers, sizes.buffer_chunks, self.device)
         self.stream = ChunkStream(
             self.loader, sizes.num_buffers, self.counters, self.config.deadline_s
         )
@@ -195,8 +210,6 @@ class Engine:
         if "disk" in capacities:
             assert self.config.scratch is not None
             tiers.append(
-                DiskTier(
-                    self.config.scratch.path, capacity_bytes=capacities["disk"], layout=layout
-                )
+                DiskTier(self.config.scratch.path, capacity_bytes=capacities["disk"], layout=layout)
             )
         return tiers

@@ -3,7 +3,7 @@
 ::
 
     OffloadError
-    ├── ConfigError (ValueError)        the caller asked for something impossible; nothing was started
+    ├── ConfigError (ValueError)        asked for something impossible; nothing was started
     ├── CapacityError                   a tier cannot hold what was asked
     ├── ClosedError (RuntimeError)      the object was closed
     ├── TransferError

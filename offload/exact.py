@@ -23,7 +23,7 @@ class AttentionCall:
     scale : float
     mask : Tensor or None
         ``[batch, num_tokens]`` bool, False for padding: attention is causal on top. Or
-        ``[batch or 1, num_heads or 1, num_queries, num_tokens]``, bool or additive: the whole truth.
+        ``[batch or 1, num_heads or 1, num_queries, num_tokens]``, bool or additive: all there is.
     softcap : float or None
     window : int or None
         Sliding window in tokens.

@@ -36,7 +36,7 @@ class Handle:
     appended: Appended
 
     def expanded(self, keys: Tensor, values: Tensor) -> "Handle":
-        """Return the handle with the new tokens' latents replaced by what the model made of them."""
+        """Return the handle with the new latents replaced by what the model made of them."""
         if self.appended.keys is None:
             return self
         return replace(self, appended=replace(self.appended, keys=keys, values=values))
@@ -77,7 +77,7 @@ def leave_latents(handle: Handle, returned: Tensor) -> None:
     _latents.returned = weakref.ref(returned)
 
 
-def find_handle(module: Any, query: Tensor, key: Tensor) -> Handle | None:  # noqa: ANN401
+def find_handle(module: Any, query: Tensor, key: Tensor) -> Handle | None:
     """Return the handle behind the keys of an attention call; None if they are plain tensors.
 
     Raises

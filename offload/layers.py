@@ -1,6 +1,6 @@
 """The cache layers that transformers sees."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class OffloadedLayer(CacheLayerMixin):
     is_compileable = False
     is_sliding = False
     is_croppable = True
-    supports_early_init: ClassVar[bool] = False
+    supports_early_init = False
 
     def __init__(self, core: CacheCore, index: int, binder: Binder) -> None:
         self._core = core
@@ -42,17 +42,17 @@ class OffloadedLayer(CacheLayerMixin):
         self._binder = binder
 
     @property
-    def is_initialized(self) -> bool:
+    def is_initialized(self) -> bool:  # type: ignore[override]
         """Whether the layer has seen a token."""
         return self.get_seq_length() > 0
 
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:  # type: ignore[override]
         """All keys, copied together from the tiers; needs the memory for it. None if empty."""
         return self._read(0)
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | None:  # type: ignore[override]
         """All values, copied together from the tiers; needs the memory for it. None if empty."""
         return self._read(1)
 
@@ -64,8 +64,8 @@ class OffloadedLayer(CacheLayerMixin):
         self,
         key_states: Tensor,
         value_states: Tensor,
-        *args: Any,  # noqa: ANN401 - transformers' interface
-        **kwargs: Any,  # noqa: ANN401
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Store new tokens; return stand-ins for all of them.
 
@@ -127,7 +127,9 @@ class OffloadedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor | tuple[Any, ...]) -> None:
         """Keep the rows at ``indices`` (a tensor of integers or booleans, or an index tuple)."""
         rows = torch.arange(max(self.batch_size, 0))
-        picked = rows[tuple(_on_host(i) for i in indices) if isinstance(indices, tuple) else _on_host(indices)]
+        picked = rows[
+            tuple(_on_host(i) for i in indices) if isinstance(indices, tuple) else _on_host(indices)
+        ]
         self._select(picked.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -144,7 +146,9 @@ class OffloadedLayer(CacheLayerMixin):
         return self._core.runtime.read_layer(self._index)[part]
 
 
-class OffloadedHybridLayer(OffloadedLayer, LinearAttentionAndFullAttentionLayer):
+class OffloadedHybridLayer(  # type: ignore[misc] # the bases disagree in transformers too
+    OffloadedLayer, LinearAttentionAndFullAttentionLayer
+):
     """A layer with both full attention and a recurrent state, which stays on the device.
 
     Parameters
@@ -158,7 +162,7 @@ class OffloadedHybridLayer(OffloadedLayer, LinearAttentionAndFullAttentionLayer)
         OffloadedLayer.__init__(self, core, index, binder)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Initialise the recurrent state; the attention part needs nothing."""
         if kwargs:
             LinearAttentionLayer.lazy_initialization(self, **kwargs)
@@ -170,7 +174,7 @@ class OffloadedHybridLayer(OffloadedLayer, LinearAttentionAndFullAttentionLayer)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row ``i`` a copy of row ``beam_idx[i]``."""
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
         OffloadedLayer.reorder_cache(self, beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -179,11 +183,11 @@ class OffloadedHybridLayer(OffloadedLayer, LinearAttentionAndFullAttentionLayer)
         OffloadedLayer.crop(self, tokens_to_remove)
 
 
-def _on_host(index: Any) -> Any:  # noqa: ANN401 - anything that can index
+def _on_host(index: Any) -> Any:
     return index.cpu() if isinstance(index, Tensor) else index
 
 
-def offloaded(stock: Any, core: CacheCore, index: int, binder: Binder) -> Any:  # noqa: ANN401
+def offloaded(stock: Any, core: CacheCore, index: int, binder: Binder) -> Any:
     """Return the layer to use where transformers' own cache would use ``stock``.
 
     Layers of bounded size (sliding windows, recurrent states) stay as they are.

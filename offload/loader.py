@@ -20,8 +20,8 @@ class StagingLoader:
 
     Disk records are read by the disk tier's threads, straight into the buffer where the device is
     the CPU, else into a page-locked mirror of it; one load thread copies what lies in memory, waits
-    for the disk, and moves the mirror up on a stream of its own. On a CUDA device the compute stream
-    waits for the load by event, and a load waits by event until compute has let go of the buffer.
+    for the disk, and moves the mirror up on a stream of its own. On a CUDA device compute waits for
+    the load by event, and a load waits by event until compute has let go of the buffer.
 
     Parameters
     ----------

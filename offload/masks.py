@@ -20,7 +20,7 @@ _lock = threading.Lock()
 class Binder(Protocol):
     """What a mask tells a cache."""
 
-    def bind(self, config: Any) -> None:  # noqa: ANN401 - any model's config
+    def bind(self, config: Any) -> None:
         """Learn the model's config, before the first layer runs."""
         ...
 
@@ -40,7 +40,7 @@ class MaskLength(int):
 def install() -> None:
     """Make every registered mask function recognise ``MaskLength``. Idempotent, thread-safe."""
     with _lock:
-        registry = type(ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping
+        registry: dict[str, Any] = type(ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping
         for name, original in registry.items():
             if not hasattr(original, "_offload_original"):
                 registry[name] = _dispatcher(original)
@@ -48,7 +48,7 @@ def install() -> None:
 
 def _dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def mask(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as the original
+    def mask(*args: Any, **kwargs: Any) -> Any:
         length = kwargs.get("kv_length")
         if not isinstance(length, MaskLength):
             return original(*args, **kwargs)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 
 def load_recall_model(
     dtype: torch.dtype = torch.float32,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
     """Load the model and its byte-level tokenizer from the installed package.
 
     Reads local files only and touches no network. Both are ordinary ``transformers`` objects.
@@ -34,6 +34,10 @@ def load_recall_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with resources.as_file(resources.files("offload") / "assets" / "recall_model") as folder:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model: Qwen3ForCausalLM = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True
+        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True
+        )
     return model.eval(), tokenizer

@@ -3,7 +3,6 @@
 from collections.abc import Generator, Sequence
 from contextlib import closing
 
-import torch
 from torch import Tensor
 
 from offload.engine import Engine
@@ -151,7 +150,7 @@ class Runtime:
 
     def _past(
         self, index: int, call: AttentionCall, appended: Appended
-    ) -> Generator[PastChunks]:
+    ) -> Generator[PastChunks, None, None]:
         """Yield the past chunks that the call can see: first those in place, then the streamed."""
         layout, size = self.engine.layout, self.engine.layout.chunk_tokens
         num_new = 0 if appended.keys is None else appended.keys.shape[2]

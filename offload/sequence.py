@@ -68,7 +68,9 @@ class LayerSequence:
     def open(self, batch: int, device: torch.device) -> None:
         """Start with ``batch`` empty rows on a device."""
         self.tables.open(batch)
-        self.tail = torch.empty((batch, *self._layout.shape), dtype=self._layout.dtype, device=device)
+        self.tail = torch.empty(
+            (batch, *self._layout.shape), dtype=self._layout.dtype, device=device
+        )
 
     def append(self, keys: Tensor, values: Tensor) -> Appended:
         """Add tokens to every row.
@@ -180,9 +182,7 @@ class LayerSequence:
         return torch.stack(rows).to(self.tail.device)
 
 
-def check_states(
-    keys: Tensor, values: Tensor, expected: Tensor, layer: int, key_dim: int
-) -> None:
+def check_states(keys: Tensor, values: Tensor, expected: Tensor, layer: int, key_dim: int) -> None:
     """Raise ConfigError if new keys and values do not continue what a layer holds.
 
     Parameters

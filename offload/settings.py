@@ -83,4 +83,3 @@ def check_settings(
     capacities = check_capacity(names, capacity, path)
     scratch = ScratchDir(path) if "disk" in names else None
     return EngineConfig(capacities, preset, tokens, scratch)
-

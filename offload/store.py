@@ -143,7 +143,7 @@ class ChunkStore:
         return as_chunk(out, self.layout)
 
     def level_of(self, chunk: ChunkId) -> int:
-        """Return the fastest level that holds a chunk; the number of tiers if only a buffer does."""
+        """Return the fastest level that holds a chunk; ``len(tiers)`` if only a buffer does."""
         return min(self.table[chunk].slots, default=len(self.tiers))
 
     def promote(self, chunk: ChunkId, level: int, content: Tensor) -> bool:
@@ -213,7 +213,9 @@ class ChunkStore:
         """Raise AssertionError if a tier or the table is inconsistent."""
         for level, tier in enumerate(self.tiers):
             tier.check_integrity()
-            held = [e.slots[level] for e in map(self.table.__getitem__, self.table) if level in e.slots]
+            held = [
+                e.slots[level] for e in map(self.table.__getitem__, self.table) if level in e.slots
+            ]
             assert len(set(held)) == len(held), f"{tier.name}: two chunks in one slot"
         for chunk in self.table:
             entry = self.table[chunk]
@@ -359,6 +361,4 @@ class _Source(NamedTuple):
 
 
 def _split(keys: Tensor, values: Tensor, chunk_tokens: int) -> _Source:
-    return _Source(
-        *(x.unflatten(2, (-1, chunk_tokens)).transpose(1, 2) for x in (keys, values))
-    )
+    return _Source(*(x.unflatten(2, (-1, chunk_tokens)).transpose(1, 2) for x in (keys, values)))

@@ -11,11 +11,13 @@ from offload.errors import ConfigError
 _INSTEAD = "use DynamicCache(offloading=True) or DynamicCache() with this model"
 
 
-def check_model_config(config: Any) -> None:  # noqa: ANN401 - any model's config
+def check_model_config(config: Any) -> None:
     """Raise ConfigError if a model with this text config cannot use an ``OffloadedCache``."""
     name = type(config).__name__
     if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(f"{name} is an encoder-decoder; OffloadedCache is for decoders. {_INSTEAD}")
+        raise ConfigError(
+            f"{name} is an encoder-decoder; OffloadedCache is for decoders. {_INSTEAD}"
+        )
     if getattr(config, "is_causal", True) is False:
         raise ConfigError(f"{name} attends bidirectionally; {_INSTEAD}")
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -27,7 +29,7 @@ def check_model_config(config: Any) -> None:  # noqa: ANN401 - any model's confi
         )
 
 
-def latent_dims(config: Any) -> tuple[int, int] | None:  # noqa: ANN401 - any model's config
+def latent_dims(config: Any) -> tuple[int, int] | None:
     """Return the widths of the latents an MLA model caches, (key part, rotary part), or None."""
     rank = getattr(config, "kv_lora_rank", None)
     if rank is None or not _compat.CACHES_LATENTS:

@@ -39,15 +39,19 @@ class KeepFirst:
         self._chunks: set[ChunkId] = set()
 
     def insert(self, chunk: ChunkId) -> None:
+        """Note that a chunk now lives in the tier."""
         self._chunks.add(chunk)
 
     def touch(self, chunks: Iterable[ChunkId]) -> None:
+        """Note that chunks were read."""
         return
 
     def remove(self, chunk: ChunkId) -> None:
+        """Forget a chunk that left."""
         self._chunks.discard(chunk)
 
     def victims(self, n: int, exclude: Collection[ChunkId] = ()) -> list[ChunkId]:
+        """Return up to ``n`` chunks to move out, first to go first."""
         return []
 
 
@@ -58,17 +62,21 @@ class LeastRecentlyUsed:
         self._order: OrderedDict[ChunkId, None] = OrderedDict()
 
     def insert(self, chunk: ChunkId) -> None:
+        """Note that a chunk now lives in the tier."""
         self._order[chunk] = None
 
     def touch(self, chunks: Iterable[ChunkId]) -> None:
+        """Note that chunks were read."""
         for chunk in chunks:
             if chunk in self._order:
                 self._order.move_to_end(chunk)
 
     def remove(self, chunk: ChunkId) -> None:
+        """Forget a chunk that left."""
         self._order.pop(chunk, None)
 
     def victims(self, n: int, exclude: Collection[ChunkId] = ()) -> list[ChunkId]:
+        """Return up to ``n`` chunks to move out, first to go first."""
         found: list[ChunkId] = []
         for chunk in self._order:
             if len(found) == n:

@@ -194,7 +194,8 @@ def read_fully(
     CorruptChunk
         The file ends too early.
     StorageError
-        The system call failed.
+        The system call failed; with ``EINVAL`` if ``O_DIRECT`` is set and an earlier call stopped
+        inside a page, as at the end of a truncated file.
     """
     missing = _move_all(fd, buffers, offset, what, preadv)
     if missing:
@@ -267,17 +268,15 @@ def _move_all(
     total = sum(len(buffer) for buffer in buffers)
     reached = 0
     while reached < total:
-        # O_DIRECT only takes whole pages, so a call that stopped inside one is begun there again.
-        start = reached - reached % PAGE_BYTES
         try:
-            moved = call(fd, _skip(buffers, start), offset + start)
+            moved = call(fd, _skip(buffers, reached), offset + reached)
         except InterruptedError:
             continue
         except OSError as error:
             raise as_storage_error(error, what) from error
-        if start + moved <= reached:
+        if moved == 0:
             break
-        reached = start + moved
+        reached += moved
     return total - reached
 
 

@@ -15,8 +15,8 @@ from offload.types import ChunkInfo, ChunkLayout, SlotId
 class MemoryTier(Tier):
     """A tier in device or host memory.
 
-    Copies run on the caller's thread; between a CUDA device and pinned memory they are queued on the
-    caller's current stream, and ordering them with compute is the caller's job.
+    Copies run on the caller's thread; between a CUDA device and pinned memory they are queued on
+    the caller's current stream, and ordering them with compute is the caller's job.
 
     Parameters
     ----------
@@ -50,17 +50,21 @@ class MemoryTier(Tier):
 
     @property
     def num_slots(self) -> int:
+        """Slots the capacity allows."""
         return self.pool.num_slots
 
     @property
     def num_free(self) -> int:
+        """Slots that ``allocate`` could hand out now."""
         return self.pool.num_free
 
     @property
     def used_bytes(self) -> int:
+        """Bytes occupied now."""
         return (self.num_slots - self.num_free) * self.slot_bytes
 
     def allocate(self, n: int, stream: int = 0) -> list[SlotId]:
+        """Take ``n`` slots, the lowest free ones, or none."""
         if self._closed:
             raise ClosedError(f"the {self.name} tier is closed")
         try:
@@ -69,6 +73,7 @@ class MemoryTier(Tier):
             raise CapacityError(f"{self.name} tier full: {error}") from None
 
     def free(self, slots: Collection[SlotId]) -> None:
+        """Give slots back."""
         self.pool.free(slots)
 
     def buffer(self, slot: SlotId) -> Tensor:
@@ -78,6 +83,7 @@ class MemoryTier(Tier):
     def read(
         self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], out: Sequence[Tensor]
     ) -> Transfer:
+        """Copy slots into buffers, on the current stream."""
         for slot, target in zip(slots, out, strict=True):
             target.copy_(self.pool.slab[slot], non_blocking=True)
         return CompletedTransfer(len(slots) * self.slot_bytes)
@@ -85,15 +91,18 @@ class MemoryTier(Tier):
     def write(
         self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], src: Sequence[Tensor]
     ) -> Transfer:
+        """Copy buffers into slots, on the current stream."""
         for slot, source in zip(slots, src, strict=True):
             self.pool.slab[slot].copy_(source, non_blocking=True)
         return CompletedTransfer(len(slots) * self.slot_bytes)
 
     def check_integrity(self) -> None:
+        """Raise AssertionError if the invariant does not hold."""
         self.pool.check_integrity()
         assert self.used_bytes <= self.capacity_bytes
 
     def close(self) -> None:
+        """Give the memory back. Idempotent."""
         if not self._closed:
             self._closed = True
             self.pool.close()

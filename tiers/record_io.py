@@ -176,8 +176,8 @@ class RecordIo:
     ) -> None:
         """Open a segment and move bytes, through the page cache if need be.
 
-        The system refuses single calls with ``O_DIRECT`` too, for instance where a limit on the
-        file size cuts them inside a page; without it, the same call tells what is wrong.
+        With ``O_DIRECT`` the system refuses to go on from inside a page, which is where a truncated
+        file or a limit on the file size leaves it; without, the same call tells what is wrong.
         """
         try:
             with self._files.open(segment, writing=writing, direct=direct) as fd:

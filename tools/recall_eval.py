@@ -2,11 +2,11 @@
 
     python -m tools.recall_eval --length 16384 --seeds 0 1 2
 
-Records are asked for one at a time over one prefilled ``DynamicCache``. An answer counts if every
-token of it is the argmax given the ones before, which is what greedy ``generate`` would produce.
-The lesion cuts attention of the question and answer tokens (never of the prefill) to the first
-``LESION_SINKS`` and the last ``LESION_WINDOW`` tokens: a model that really reads its records from
-far away then falls to chance. Records in the last ``LESION_WINDOW`` tokens are not asked for.
+A document is prefilled once, in pieces, into a ``DynamicCache``; records are then asked for one at
+a time by greedy ``generate``, and all tokens of an answer have to be right. The lesion cuts the
+attention of the question and answer tokens (never of the prefill) to the first ``LESION_SINKS`` and
+the last ``LESION_WINDOW`` tokens: a model that really reads its records from far away then falls to
+chance. Records in the last ``LESION_WINDOW`` tokens are not asked for.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, Qwen3ForCausalLM
 
 from offload.recall_data import (
     MAX_ANSWER_TOKENS,
@@ -57,8 +57,7 @@ STANDARD_EXAMS: Final = (
 class Score:
     """How many of ``num_questions``, over all documents of an exam, were answered right.
 
-    ``generated_right`` of ``num_generated`` questions were answered by greedy ``generate`` on the
-    whole document, one for each. ``prefill_s`` is the mean wall time of reading a document.
+    ``prefill_s`` is the mean wall time of reading one document.
     """
 
     num_tokens: int
@@ -66,8 +65,6 @@ class Score:
     num_questions: int
     right: int
     right_with_lesion: int
-    num_generated: int
-    generated_right: int
     prefill_s: float
 
 
@@ -101,15 +98,17 @@ def write_report(folder: Path) -> None:
     (folder / "eval.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load(folder: Path, dtype: torch.dtype) -> Qwen3ForCausalLM:
     """Load the model from a folder, for evaluation."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model: Qwen3ForCausalLM = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True
+    )
     return model.eval()
 
 
-def score(model: PreTrainedModel, exam: Exam) -> Score:
+def score(model: Qwen3ForCausalLM, exam: Exam) -> Score:
     """Take one exam."""
-    right = right_with_lesion = generated_right = num_questions = 0
+    right = right_with_lesion = num_questions = 0
     prefill_s = 0.0
     for seed in tqdm(exam.seeds, desc=f"{exam.num_tokens} tokens", unit="document"):
         document = build_document(exam.num_tokens, exam.num_tokens // TOKENS_PER_FACT, seed)
@@ -118,17 +117,14 @@ def score(model: PreTrainedModel, exam: Exam) -> Score:
         cache = prefill(model, document.token_ids)
         prefill_s += time.perf_counter() - start_s
         num_questions += len(facts)
-        right += sum(answers(model, cache, fact) for fact in facts)
-        right_with_lesion += sum(answers(model, cache, fact, lesion=True) for fact in facts)
-        generated_right += generates(model, document, facts[0])
+        right += sum(answers(model, cache, document, fact) for fact in facts)
+        right_with_lesion += sum(answers_with_lesion(model, cache, fact) for fact in facts)
     return Score(
         num_tokens=exam.num_tokens,
         seeds=exam.seeds,
         num_questions=num_questions,
         right=right,
         right_with_lesion=right_with_lesion,
-        num_generated=len(exam.seeds),
-        generated_right=generated_right,
         prefill_s=round(prefill_s / len(exam.seeds), 1),
     )
 
@@ -141,7 +137,7 @@ def far_facts(document: RecallDocument, num_facts: int, seed: int) -> list[Fact]
 
 
 @torch.inference_mode()
-def prefill(model: PreTrainedModel, token_ids: Sequence[int]) -> DynamicCache:
+def prefill(model: Qwen3ForCausalLM, token_ids: Sequence[int]) -> DynamicCache:
     """Run a document through the model in pieces; return its keys and values."""
     cache = DynamicCache(config=model.config)
     for piece in torch.tensor([token_ids]).split(PREFILL_TOKENS, dim=1):
@@ -151,42 +147,52 @@ def prefill(model: PreTrainedModel, token_ids: Sequence[int]) -> DynamicCache:
 
 @torch.inference_mode()
 def answers(
-    model: PreTrainedModel, cache: DynamicCache, fact: Fact, *, lesion: bool = False
+    model: Qwen3ForCausalLM, cache: DynamicCache, document: RecallDocument, fact: Fact
 ) -> bool:
-    """Whether the model answers, given the document in ``cache``, which is left as it was."""
+    """Whether greedy ``generate`` answers, given the document in ``cache``.
+
+    The cache is left as it was: with the document in it, and nothing else.
+    """
+    token_ids = torch.tensor([[*document.token_ids, *document.question(fact)]])
+    output = model.generate(
+        token_ids,
+        attention_mask=torch.ones_like(token_ids),
+        past_key_values=cache,
+        max_new_tokens=MAX_ANSWER_TOKENS,
+        do_sample=False,
+    )
+    cache.crop(len(document.token_ids) - cache.get_seq_length())
+    return is_correct(fact, output[0, token_ids.shape[1] :].tolist())
+
+
+@torch.inference_mode()
+def answers_with_lesion(model: Qwen3ForCausalLM, cache: DynamicCache, fact: Fact) -> bool:
+    """Whether the model answers when the question can read only sinks and window.
+
+    Every token of the answer has to be the argmax given the right ones before it, which is what
+    greedy decoding amounts to. The cache is left as it was.
+    """
     past = cache.get_seq_length()
     token_ids = torch.tensor([encode(fact.record)])
     num_new = token_ids.shape[1]
     output = model(
         token_ids,
         past_key_values=cache,
-        attention_mask=lesion_mask(past, num_new) if lesion else None,
+        attention_mask=lesion_mask(past, num_new),
         position_ids=past + torch.arange(num_new)[None],
     )
     cache.crop(-num_new)
     first = len(fact.prompt) - 1
-    return is_correct(fact, output.logits[0, first:-1].argmax(-1).tolist())
+    predicted: list[int] = output.logits[0, first:-1].argmax(-1).tolist()
+    return is_correct(fact, predicted)
 
 
 def lesion_mask(num_past: int, num_new: int) -> torch.Tensor:
     """Return which keys each new token may read, bool, (1, 1, num_new, num_past + num_new)."""
     keys = torch.arange(num_past + num_new)
-    queries = torch.arange(num_past, num_past + num_new)[:, None]
+    queries = keys[num_past:, None]
     is_near = (keys <= queries) & (keys > queries - LESION_WINDOW)
     return (is_near | (keys < LESION_SINKS))[None, None]
-
-
-@torch.inference_mode()
-def generates(model: PreTrainedModel, document: RecallDocument, fact: Fact) -> bool:
-    """Whether greedy ``generate`` on document and question, prefill included, gives the answer."""
-    token_ids = torch.tensor([[*document.token_ids, *document.question(fact)]])
-    output = model.generate(
-        token_ids,
-        attention_mask=torch.ones_like(token_ids),
-        max_new_tokens=MAX_ANSWER_TOKENS,
-        do_sample=False,
-    )
-    return is_correct(fact, output[0, token_ids.shape[1] :].tolist())
 
 
 if __name__ == "__main__":

@@ -13,14 +13,27 @@ import math
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from offload.recall_data import BOS_TOKEN_ID
 
 EOS_TOKEN_ID: Final = BOS_TOKEN_ID + 1
 PAD_TOKEN_ID: Final = BOS_TOKEN_ID + 2
 VOCAB_SIZE: Final = 260
+
+HIDDEN_SIZE: Final = 128
+NUM_HEADS: Final = 4
+NUM_KV_HEADS: Final = 2
+HEAD_DIM: Final = 64
+HALF: Final = HEAD_DIM // 2
+"""RoPE turns dimension ``i`` together with dimension ``i + HALF``."""
+ROTATED_SHARE: Final = 0.25
+NUM_ROTATED: Final = int(HALF * ROTATED_SHARE)
+"""Pairs of dimensions that RoPE turns; the others never learn where a token is."""
+ROPE_THETA: Final = 10000.0
 
 CODE_DIM: Final = 12
 OUTPUT_SLOT: Final = 9
@@ -47,19 +60,19 @@ def recall_config() -> Qwen3Config:
     """
     return Qwen3Config(
         vocab_size=VOCAB_SIZE,
-        hidden_size=128,
+        hidden_size=HIDDEN_SIZE,
         intermediate_size=192,
         num_hidden_layers=2 * NUM_COPY_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
+        num_attention_heads=NUM_HEADS,
+        num_key_value_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
         attention_bias=True,
         tie_word_embeddings=False,
         max_position_embeddings=131072,
         rope_parameters={
             "rope_type": "proportional",
-            "partial_rotary_factor": 0.25,
-            "rope_theta": 10000.0,
+            "partial_rotary_factor": ROTATED_SHARE,
+            "rope_theta": ROPE_THETA,
         },
         bos_token_id=BOS_TOKEN_ID,
         eos_token_id=EOS_TOKEN_ID,
@@ -95,60 +108,56 @@ def token_codes() -> Tensor:
     """Return a unit vector per token, shape (VOCAB_SIZE, CODE_DIM), no two of them close."""
     codes = torch.empty(0, CODE_DIM)
     for _ in range(VOCAB_SIZE):
-        candidates = nn.functional.normalize(torch.randn(256, CODE_DIM), dim=-1)
+        candidates = normalize(torch.randn(256, CODE_DIM), dim=-1)
         # The nearest neighbour decides; before there is one, any candidate does.
         closeness = (candidates @ codes.T).amax(-1) if len(codes) else torch.zeros(256)
         codes = torch.cat([codes, candidates[closeness.argmin()][None]])
     return codes
 
 
-def _write_offset_heads(attention: nn.Module, layer: int) -> None:
-    config = attention.config
-    half = config.head_dim // 2
-    rope = config.rope_parameters
-    pairs = torch.arange(int(rope["partial_rotary_factor"] * half))
-    frequencies = rope["rope_theta"] ** (-pairs / half)
-    # The norm brings queries and keys to length sqrt(head_dim); start there.
-    amplitude = math.sqrt(config.head_dim / len(pairs))
-    # The hidden state holds 1 + 4 * layer codes of unit length, which the norm scales up alike.
-    norm_gain = math.sqrt(config.hidden_size / (1 + config.num_attention_heads * layer))
+def _write_offset_heads(attention: Qwen3Attention, layer: int) -> None:
+    pairs = torch.arange(NUM_ROTATED)
+    frequencies = ROPE_THETA ** (-pairs / HALF)
+    # The norm brings queries and keys to length sqrt(HEAD_DIM); start there.
+    amplitude = math.sqrt(HEAD_DIM / NUM_ROTATED)
+    # The hidden state holds this many codes of unit length, which the norm scales up alike.
+    norm_gain = math.sqrt(HIDDEN_SIZE / (1 + NUM_HEADS * layer))
+    q_bias, k_bias = attention.q_proj.bias, attention.k_proj.bias
     _set_sharpness(attention, OFFSET_SHARPNESS)
-    for head in range(config.num_key_value_heads):
-        start = head * config.head_dim
-        attention.k_proj.bias[start + pairs] = amplitude
+    for start in range(0, NUM_KV_HEADS * HEAD_DIM, HEAD_DIM):
+        k_bias[start + pairs] = amplitude
         attention.v_proj.weight[start : start + CODE_DIM, slots(0)] += torch.eye(CODE_DIM)
-    for head in range(config.num_attention_heads):
-        start = head * config.head_dim
-        offset = 1 + config.num_attention_heads * layer + head
-        attention.q_proj.bias[start + pairs] = amplitude * torch.cos(frequencies * offset)
-        attention.q_proj.bias[start + half + pairs] = -amplitude * torch.sin(frequencies * offset)
-        columns = slice(start, start + CODE_DIM)
-        attention.o_proj.weight[slots(offset), columns] += torch.eye(CODE_DIM) / norm_gain
+    for head in range(NUM_HEADS):
+        start = head * HEAD_DIM
+        offset = 1 + NUM_HEADS * layer + head
+        q_bias[start + pairs] = amplitude * torch.cos(frequencies * offset)
+        q_bias[start + HALF + pairs] = -amplitude * torch.sin(frequencies * offset)
+        _write_output(attention, head, offset, 1 / norm_gain)
 
 
-def _write_matching_heads(attention: nn.Module) -> None:
-    config = attention.config
-    half = config.head_dim // 2
-    num_rotated = int(config.rope_parameters["partial_rotary_factor"] * half)
-    still = torch.cat([torch.arange(num_rotated, half), half + torch.arange(num_rotated, half)])
-    heads_per_key = config.num_attention_heads // config.num_key_value_heads
-    norm_gain = math.sqrt(config.hidden_size / (1 + NUM_OFFSETS))
+def _write_matching_heads(attention: Qwen3Attention) -> None:
+    still = torch.arange(HEAD_DIM).view(2, HALF)[:, NUM_ROTATED:].flatten()
+    norm_gain = math.sqrt(HIDDEN_SIZE / (1 + NUM_OFFSETS))
     _set_sharpness(attention, MATCH_SHARPNESS)
-    for head in range(config.num_key_value_heads):
-        start = head * config.head_dim
+    for kv_head in range(NUM_KV_HEADS):
+        start = kv_head * HEAD_DIM
         # Eight codes do not fit into the still dimensions; an orthogonal map keeps most of them.
-        projection = nn.init.orthogonal_(torch.empty(len(still), NUM_OFFSETS * CODE_DIM))
+        projection = torch.nn.init.orthogonal_(torch.empty(len(still), NUM_OFFSETS * CODE_DIM))
         attention.k_proj.weight[start + still, slots(1, NUM_OFFSETS)] += projection
         attention.v_proj.weight[start : start + CODE_DIM, slots(0)] += torch.eye(CODE_DIM)
-        for query_head in range(head * heads_per_key, (head + 1) * heads_per_key):
-            rows = query_head * config.head_dim + still
-            attention.q_proj.weight[rows, slots(0, NUM_OFFSETS)] += projection
-    for head in range(config.num_attention_heads):
-        columns = slice(head * config.head_dim, head * config.head_dim + CODE_DIM)
-        gain = OUTPUT_GAIN / norm_gain
-        attention.o_proj.weight[slots(OUTPUT_SLOT), columns] += torch.eye(CODE_DIM) * gain
+        for head in range(NUM_HEADS):
+            if head * NUM_KV_HEADS // NUM_HEADS == kv_head:
+                rows = head * HEAD_DIM + still
+                attention.q_proj.weight[rows, slots(0, NUM_OFFSETS)] += projection
+    for head in range(NUM_HEADS):
+        _write_output(attention, head, OUTPUT_SLOT, OUTPUT_GAIN / norm_gain)
 
 
-def _set_sharpness(attention: nn.Module, sharpness: float) -> None:
+def _write_output(attention: Qwen3Attention, head: int, slot: int, gain: float) -> None:
+    columns = slice(head * HEAD_DIM, head * HEAD_DIM + CODE_DIM)
+    attention.o_proj.weight[slots(slot), columns] += gain * torch.eye(CODE_DIM)
+
+
+def _set_sharpness(attention: Qwen3Attention, sharpness: float) -> None:
     attention.q_norm.weight.fill_(sharpness)
     attention.k_norm.weight.fill_(sharpness)

@@ -76,7 +76,7 @@ def fingerprint() -> str:
 
 
 def make_venv() -> None:
-    if PYTHON.exists():
+    if PYTHON.exists() and succeeds([str(PYTHON), "-m", "pip", "--version"]):
         return
     say(f"a virtual environment in {VENV}")
     try:
@@ -103,7 +103,7 @@ def install_torch() -> None:
 def install_cpu_torch() -> bool:
     """Install a build of torch without CUDA, from the first place that has one."""
     say(f"{TORCH_CPU}, a CPU build, from pip's find-links")
-    if try_pip("--no-index", "--no-deps", TORCH_CPU):
+    if succeeds(pip_command("--no-index", "--no-deps", TORCH_CPU)):
         return True
     index = os.environ.get("OFFLOAD_TORCH_INDEX")
     if index:
@@ -144,10 +144,9 @@ def pip(*arguments: str) -> None:
         raise SetupError(f"setup: pip install {' '.join(arguments)} failed, see above")
 
 
-def try_pip(*arguments: str) -> bool:
-    """Run ``pip install`` in .venv where a failure is an ordinary answer."""
-    process = subprocess.run(pip_command(*arguments), check=False, capture_output=True)
-    return process.returncode == 0
+def succeeds(command: list[str]) -> bool:
+    """Run a command whose failure is an ordinary answer."""
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
 def pip_command(*arguments: str) -> list[str]:

@@ -44,9 +44,9 @@ CURRICULUM: Final = (
     Phase(96, 50),
     Phase(192, 60),
     Phase(384, 60),
-    Phase(768, 60),
-    Phase(1024, 100),
-    Phase(2048, 100),
+    Phase(768, 80),
+    Phase(1024, 120),
+    Phase(2048, 180),
 )
 
 
