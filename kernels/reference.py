@@ -16,6 +16,9 @@ from offload.types import Partial
 _MAX_SCORE_ELEMENTS = 1 << 22
 """Scores held at a time; bounds the workspace to 16 MiB of float32 whatever the query length."""
 
+_MAX_SCORE_ELEMENTS_DEVICE = 1 << 25
+"""The same on an accelerator, which needs larger blocks to be busy: 128 MiB."""
+
 
 def empty_partial(query: Tensor, value_dim: int) -> Partial:
     """Return attention over no keys: zero output, ``lse = -inf``.
@@ -112,31 +115,42 @@ def partial_attention(
     Partial
         Queries that see no key have zero output and ``lse = -inf``.
     """
-    batch, num_chunks, num_kv_heads, chunk_tokens, _ = keys.shape
-    num_heads, num_queries = query.shape[1:3]
-    num_keys = num_chunks * chunk_tokens
     dtype = _accumulator(query)
-    flat_keys = _flatten(keys).to(dtype)
-    flat_values = _flatten(values).to(dtype)
+    flat_keys, flat_values = _flatten(keys).to(dtype), _flatten(values).to(dtype)
+    batch, num_heads, num_queries, _ = query.shape
+    num_keys = flat_keys.shape[2]
     result = empty_partial(query, values.shape[-1])
-    step = max(1, _MAX_SCORE_ELEMENTS // max(1, batch * num_heads * num_keys))
-    for rows in _blocks(num_queries, step):
-        grouped = query[:, :, rows].to(dtype).unflatten(1, (num_kv_heads, -1))
-        scores = grouped @ flat_keys.unsqueeze(2).transpose(-1, -2) * scale
-        scores = scores.flatten(1, 2)
+    limit = _MAX_SCORE_ELEMENTS if query.device.type == "cpu" else _MAX_SCORE_ELEMENTS_DEVICE
+    for rows in _blocks(num_queries, max(1, limit // max(1, batch * num_heads * num_keys))):
+        seen = _visible(rows, num_keys, offset, window)
+        if seen.start >= seen.stop:
+            continue
+        scores = _scores(query[:, :, rows].to(dtype), flat_keys[:, :, seen]) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if bias is not None:
-            scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, rows])
+            scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, rows])[..., seen]
         if offset is not None:
-            scores.masked_fill_(_hidden(rows, num_keys, offset, window, scores.device), -math.inf)
+            hidden = _hidden(rows, seen, offset, window, scores.device)
+            scores.masked_fill_(hidden, -math.inf)
         peak = scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
         weights = (scores - peak).exp_()
         total = weights.sum(-1, keepdim=True)
-        out = weights.unflatten(1, (num_kv_heads, -1)) @ flat_values.unsqueeze(2)
-        result.out[:, :, rows] = out.flatten(1, 2) / total.clamp_min(torch.finfo(dtype).tiny)
+        out = _weighted(weights, flat_values[:, :, seen])
+        result.out[:, :, rows] = out / total.clamp_min(torch.finfo(dtype).tiny)
         result.lse[:, :, rows] = (peak + total.log()).squeeze(-1)
     return result
+
+
+def _scores(query: Tensor, keys: Tensor) -> Tensor:
+    """``[batch, heads, rows, keys]``; the members of a GQA group are folded into the rows."""
+    folded = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+    return (folded @ keys.transpose(-1, -2)).unflatten(2, (-1, query.shape[2])).flatten(1, 2)
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    folded = weights.unflatten(1, (values.shape[1], -1)).flatten(2, 3)
+    return (folded @ values).unflatten(2, (-1, weights.shape[2])).flatten(1, 2)
 
 
 def _accumulator(query: Tensor) -> torch.dtype:
@@ -153,10 +167,18 @@ def _blocks(total: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
+def _visible(rows: slice, num_keys: int, offset: int | None, window: int | None) -> slice:
+    """Return the keys that at least one of these rows may see."""
+    if offset is None:
+        return slice(0, num_keys)
+    first = 0 if window is None else max(0, rows.start + offset - window + 1)
+    return slice(first, max(first, min(num_keys, rows.stop + offset)))
+
+
 def _hidden(
-    rows: slice, num_keys: int, offset: int, window: int | None, device: torch.device
+    rows: slice, keys: slice, offset: int, window: int | None, device: torch.device
 ) -> Tensor:
     position = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1) + offset
-    key = torch.arange(num_keys, device=device)
+    key = torch.arange(keys.start, keys.stop, device=device)
     hidden = key > position
     return hidden if window is None else hidden | (key <= position - window)

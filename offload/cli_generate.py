@@ -13,7 +13,13 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from offload.cache import OffloadedCache
-from offload.cli_options import add_run_options, apply_threads, positive_int
+from offload.cli_options import (
+    add_run_options,
+    apply_threads,
+    positive_int,
+    probability,
+    temperature,
+)
 from offload.cli_progress import token_progress
 from offload.errors import ConfigError
 from offload.local_model import DTYPES, RECALL, load_local_model
@@ -138,12 +144,12 @@ def generate(
     return Generation(text, num_prompt_tokens, len(new_ids), prefill_s, decode_s, cache.stats())
 
 
-def sampling(temperature: float, top_p: float) -> dict[str, Any]:
+def sampling(heat: float, top_p: float) -> dict[str, Any]:
     """Return the arguments of ``model.generate`` for a temperature; zero is greedy."""
-    if temperature == 0:
+    if heat == 0:
         # The model's own settings would be refused, or warned about, without sampling.
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    return {"do_sample": True, "temperature": heat, "top_p": top_p, "top_k": 0}
 
 
 def read_prompt(file: str | None, text: str | None) -> str:
@@ -189,10 +195,14 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
         text = f"{text} (default: {default})"
         parser.add_argument(name, type=positive_int, default=default, metavar="N", help=text)
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)"
+        "--temperature", type=temperature, default=0.0, metavar="T", help="0 is greedy (default)"
     )
     parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="mass to sample from (default: all)"
+        "--top-p",
+        type=probability,
+        default=1.0,
+        metavar="P",
+        help="mass to sample from (default: all)",
     )
 
 

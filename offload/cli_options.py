@@ -1,6 +1,7 @@
 """Argument types and options that several subcommands share."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -11,6 +12,22 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def temperature(text: str) -> float:
+    """Read a sampling temperature, zero or more, for ``type=`` of an argument."""
+    value = _float(text)
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a temperature: 0 or more")
+    return value
+
+
+def probability(text: str) -> float:
+    """Read a probability above zero, for ``type=`` of an argument."""
+    value = _float(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a probability: above 0, at most 1")
+    return value
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -41,3 +58,10 @@ def apply_threads(args: argparse.Namespace) -> None:
     """Set the number of torch's threads, where the user gave one."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None

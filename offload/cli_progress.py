@@ -12,7 +12,8 @@ class _TokenRate(ProgressColumn):
     """Tokens per second so far."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.finished_speed or task.speed or 0:,.0f} tokens/s")
+        speed = task.completed / task.elapsed if task.elapsed else 0.0
+        return Text(f"{speed:,.0f} tokens/s")
 
 
 @contextmanager

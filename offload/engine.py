@@ -210,6 +210,11 @@ class Engine:
         if "disk" in capacities:
             assert self.config.scratch is not None
             tiers.append(
-                DiskTier(self.config.scratch.path, capacity_bytes=capacities["disk"], layout=layout)
+                DiskTier(
+                    self.config.scratch.path,
+                    capacity_bytes=capacities["disk"],
+                    layout=layout,
+                    deadline_s=self.config.deadline_s,
+                )
             )
         return tiers

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from offload.errors import TransferTimeout
 from offload.prefetch.plan import LoadGroup
 from offload.store import ChunkStore
 from offload.tiers.memory import MemoryTier
@@ -43,6 +44,7 @@ class StagingLoader:
         else:
             self.buffers = torch.empty(shape, dtype=torch.uint8, device=device)
             self._mirror = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        self._is_closing = False
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="offload-load")
 
     @property
@@ -75,12 +77,15 @@ class StagingLoader:
 
     def close(self) -> None:
         """Wait for what is in flight and stop the load thread. Idempotent."""
+        self._is_closing = True
         self._executor.shutdown(wait=True)
 
     def _submit(self, chunks: tuple[ChunkId, ...], buffer: int) -> "Future[None]":
         """Sort the rows of the buffer by where their bytes are, and start."""
+        self._streams.before_load(buffer)
         target, mirror = self.buffers[buffer], self._mirror[buffer]
         copies: list[tuple[Tensor, Tensor]] = []
+        lifts: list[tuple[Tensor, Tensor]] = []
         from_disk: dict[ChunkId, int] = {}
         repeats: list[tuple[Tensor, Tensor]] = []
         first_row: dict[ChunkId, int] = {}
@@ -89,37 +94,37 @@ class StagingLoader:
             if seen != row:
                 repeats.append((target[row], target[seen]))
                 continue
-            source = self._memory_source(chunk)
-            if source is None:
+            source, pending = self._memory_source(chunk), self._store.table[chunk].pending
+            if source is not None:
+                copies.append((target[row], source))
+                continue
+            if pending is None:
                 from_disk[chunk] = row
             else:
-                copies.append((target[row], source))
-        self._streams.before_load(buffer)
+                # Copied now: the write buffer goes to another chunk once its store has ended.
+                mirror[row].copy_(pending)
+            lifts.append((target[row], mirror[row]))
         reading = self._read_disk(from_disk, mirror)
-        lifts = [(target[row], mirror[row]) for row in from_disk.values()]
-        if target.data_ptr() == mirror.data_ptr():
-            lifts = []
-        deadline_s = self._store.deadline_s
 
         def fill() -> None:
             with self._streams.loading(buffer):
                 _copy(copies)
-                if reading is not None:
-                    reading.wait(deadline_s)
-                _copy(lifts)
+                self._wait_for_disk(reading)
+                if target.data_ptr() != mirror.data_ptr():
+                    _copy(lifts)
                 _copy(repeats)
 
         return self._executor.submit(fill)
 
     def _memory_source(self, chunk: ChunkId) -> Tensor | None:
-        """Return the bytes of a chunk that is in memory, counting the move; None if on disk."""
+        """Return the slot of a chunk in a memory tier, counting the move; None if in none."""
         entry = self._store.table[chunk]
         for level in sorted(entry.slots):
             tier = self._store.tiers[level]
             if isinstance(tier, MemoryTier):
                 self._store.counters.add_loaded(tier.name, tier.slot_bytes)
                 return tier.buffer(entry.slots[level])
-        return entry.pending
+        return None
 
     def _read_disk(self, rows: dict[ChunkId, int], mirror: Tensor) -> Transfer | None:
         if not rows:
@@ -133,6 +138,18 @@ class StagingLoader:
             [entry.info for entry in entries],
             [mirror[row] for row in rows.values()],
         )
+
+    def _wait_for_disk(self, reading: Transfer | None) -> None:
+        """Wait as long as it takes: until the disk is done, the buffer is not free for others.
+
+        Who waits for the load has a deadline of its own; ``close`` alone makes this one end.
+        """
+        while reading is not None:
+            try:
+                return reading.wait(self._store.deadline_s)
+            except TransferTimeout:
+                if self._is_closing:
+                    raise
 
     def _promote(self, group: LoadGroup, buffer: int) -> None:
         store = self._store

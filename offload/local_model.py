@@ -54,11 +54,13 @@ def load_local_model(
     target = find_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+    model: Any  # mypy takes the methods of a PreTrainedModel for tensors
     if name == RECALL:
         model, tokenizer = load_recall_model(DTYPES.get(dtype, torch.float32))
     else:
         model, tokenizer = _load_folder(Path(name), DTYPES.get(dtype, dtype))
-    return model.to(target).eval(), tokenizer
+    model = model.to(target).eval()
+    return model, tokenizer
 
 
 def find_device(name: str) -> torch.device:

@@ -31,6 +31,7 @@ def prefill(
     advance : callable
         Told after each pass how many tokens were read.
     """
-    for piece in token_ids.split(piece_tokens, dim=1):
+    for start in range(0, token_ids.shape[1], piece_tokens):
+        piece = token_ids[:, start : start + piece_tokens]
         model.base_model(input_ids=piece, past_key_values=cache, use_cache=True)
         advance(piece.shape[1])

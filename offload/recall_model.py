@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_recall_model(
     dtype: torch.dtype = torch.float32,
-) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model and its byte-level tokenizer from the installed package.
 
     Reads local files only and touches no network. Both are ordinary ``transformers`` objects.
@@ -25,8 +25,9 @@ def load_recall_model(
 
     Returns
     -------
-    model : Qwen3ForCausalLM
-        On the CPU, in evaluation mode. Four full-attention layers, two KV heads of 64 dimensions.
+    model : PreTrainedModel
+        A ``Qwen3ForCausalLM`` on the CPU, in evaluation mode: four full-attention layers, two KV
+        heads of 64 dimensions each.
     tokenizer : PreTrainedTokenizerBase
         One token per byte; it adds no special tokens. ``build_document`` works without it.
     """
@@ -34,10 +35,11 @@ def load_recall_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with resources.as_file(resources.files("offload") / "assets" / "recall_model") as folder:
-        model: Qwen3ForCausalLM = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True
         )
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True
         )
-    return model.eval(), tokenizer
+    model.eval()
+    return model, tokenizer

@@ -205,7 +205,7 @@ def _collect(runtime: Runtime) -> CacheStats:
         beside = engine.beside_chunks_bytes(tier.name)
         tiers[tier.name] = TierStats(
             used_bytes=tier.used_bytes + beside,
-            peak_bytes=engine.store.peak_bytes(level) + beside,
+            peak_bytes=engine.peak_bytes(level),
             capacity_bytes=engine.config.capacities[tier.name],
             num_chunks=sum(level in table[chunk].slots for chunk in table),
             loaded_bytes=counters.loaded_bytes.get(tier.name, 0),

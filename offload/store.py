@@ -138,6 +138,7 @@ class ChunkStore:
         else:
             level = self.level_of(chunk)
             tier = self.tiers[level]
+            settle()  # a copy from the device into host memory may still be on its way
             tier.read([entry.slots[level]], [entry.info], [out]).wait(self.deadline_s)
             settle()
         return as_chunk(out, self.layout)
@@ -208,6 +209,10 @@ class ChunkStore:
         if self._queue is not None and level == len(self.tiers) - 1:
             return max(self._queue.peak_bytes, self._peaks[level])
         return self._peaks[level]
+
+    def restart_peaks(self) -> None:
+        """Count peaks from what the tiers hold now."""
+        self._peaks = [tier.used_bytes for tier in self.tiers]
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a tier or the table is inconsistent."""

@@ -48,6 +48,9 @@ class ChunkTable:
     def __getitem__(self, chunk: ChunkId) -> Entry:
         return self._entries[chunk]
 
+    def __contains__(self, chunk: object) -> bool:
+        return chunk in self._entries
+
     def __len__(self) -> int:
         return len(self._entries)
 

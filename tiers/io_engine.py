@@ -57,7 +57,10 @@ class IoEngine:
         self.num_threads = num_threads
         self.max_queued = max_queued
         self.deadline_s = deadline_s
-        self._changed = threading.Condition()
+        # One lock, and a condition for each side: a worker must not wake its idle colleagues.
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._room = threading.Condition(self._lock)
         self._urgent: deque[_Task] = deque()
         self._patient: deque[_Task] = deque()
         self._closing = False
@@ -90,8 +93,8 @@ class IoEngine:
             No room in the queue within ``deadline_s``.
         """
         tasks = [_Task(job) for job in jobs]
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._admits(len(tasks)), self.deadline_s):
+        with self._lock:
+            if not self._room.wait_for(lambda: self._admits(len(tasks)), self.deadline_s):
                 raise TransferTimeout(
                     f"{len(tasks)} disk operations found no room for {self.deadline_s} s: "
                     f"{self._num_queued} queued, at most {self.max_queued}"
@@ -99,7 +102,7 @@ class IoEngine:
             if self._closing:
                 raise ClosedError("the disk I/O engine is closed")
             (self._urgent if urgent else self._patient).extend(tasks)
-            self._changed.notify_all()
+            self._work.notify(len(tasks))
         return [task.future for task in tasks]
 
     def close(self) -> None:
@@ -111,9 +114,10 @@ class IoEngine:
             A job was still running after ``deadline_s``. Its thread was left behind, and what
             was queued behind it is cancelled.
         """
-        with self._changed:
+        with self._lock:
             self._closing = True
-            self._changed.notify_all()
+            self._work.notify_all()
+            self._room.notify_all()
         deadline = time.monotonic() + self.deadline_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -133,7 +137,7 @@ class IoEngine:
         return self._closing or queued == 0 or queued + n <= self.max_queued
 
     def _cancel_queued(self) -> None:
-        with self._changed:
+        with self._lock:
             for task in (*self._urgent, *self._patient):
                 task.future.cancel()
 
@@ -144,12 +148,12 @@ class IoEngine:
             del task  # else the buffers of the last job live until the next one comes
 
     def _next(self) -> "_Task | None":
-        with self._changed:
-            self._changed.wait_for(lambda: self._num_queued > 0 or self._closing)
+        with self._lock:
+            self._work.wait_for(lambda: self._num_queued > 0 or self._closing)
             if not self._num_queued:
                 return None
             task = (self._urgent or self._patient).popleft()
-            self._changed.notify_all()
+            self._room.notify_all()
             return task
 
 

@@ -13,14 +13,15 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from offload.recall_data import (
     MAX_ANSWER_TOKENS,
@@ -98,15 +99,16 @@ def write_report(folder: Path) -> None:
     (folder / "eval.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def load(folder: Path, dtype: torch.dtype) -> Qwen3ForCausalLM:
+def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load the model from a folder, for evaluation."""
-    model: Qwen3ForCausalLM = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True
     )
-    return model.eval()
+    model.eval()
+    return model
 
 
-def score(model: Qwen3ForCausalLM, exam: Exam) -> Score:
+def score(model: PreTrainedModel, exam: Exam) -> Score:
     """Take one exam."""
     right = right_with_lesion = num_questions = 0
     prefill_s = 0.0
@@ -137,7 +139,7 @@ def far_facts(document: RecallDocument, num_facts: int, seed: int) -> list[Fact]
 
 
 @torch.inference_mode()
-def prefill(model: Qwen3ForCausalLM, token_ids: Sequence[int]) -> DynamicCache:
+def prefill(model: PreTrainedModel, token_ids: Sequence[int]) -> DynamicCache:
     """Run a document through the model in pieces; return its keys and values."""
     cache = DynamicCache(config=model.config)
     for piece in torch.tensor([token_ids]).split(PREFILL_TOKENS, dim=1):
@@ -147,14 +149,16 @@ def prefill(model: Qwen3ForCausalLM, token_ids: Sequence[int]) -> DynamicCache:
 
 @torch.inference_mode()
 def answers(
-    model: Qwen3ForCausalLM, cache: DynamicCache, document: RecallDocument, fact: Fact
+    model: PreTrainedModel, cache: DynamicCache, document: RecallDocument, fact: Fact
 ) -> bool:
     """Whether greedy ``generate`` answers, given the document in ``cache``.
 
     The cache is left as it was: with the document in it, and nothing else.
     """
     token_ids = torch.tensor([[*document.token_ids, *document.question(fact)]])
-    output = model.generate(
+    # PreTrainedModel does not declare the methods that its generating subclasses mix in.
+    generate = cast("Callable[..., Tensor]", model.generate)
+    output = generate(
         token_ids,
         attention_mask=torch.ones_like(token_ids),
         past_key_values=cache,
@@ -166,7 +170,7 @@ def answers(
 
 
 @torch.inference_mode()
-def answers_with_lesion(model: Qwen3ForCausalLM, cache: DynamicCache, fact: Fact) -> bool:
+def answers_with_lesion(model: PreTrainedModel, cache: DynamicCache, fact: Fact) -> bool:
     """Whether the model answers when the question can read only sinks and window.
 
     Every token of the answer has to be the argmax given the right ones before it, which is what
@@ -187,7 +191,7 @@ def answers_with_lesion(model: Qwen3ForCausalLM, cache: DynamicCache, fact: Fact
     return is_correct(fact, predicted)
 
 
-def lesion_mask(num_past: int, num_new: int) -> torch.Tensor:
+def lesion_mask(num_past: int, num_new: int) -> Tensor:
     """Return which keys each new token may read, bool, (1, 1, num_new, num_past + num_new)."""
     keys = torch.arange(num_past + num_new)
     queries = keys[num_past:, None]

@@ -5,8 +5,8 @@ itself. The eight heads of the lower two layers are previous-token heads: throug
 RoPE, head ``h`` of layer ``l`` looks ``1 + 4l + h`` tokens back and copies the code it finds into
 slot ``1 + 4l + h``. The heads of the upper two layers compare the last eight tokens (slots 0–7 of
 the query) with the eight tokens before a key (slots 1–8) and copy that key's token into slot 9,
-which the output layer reads. Training starts from this and small noise, not from nothing: from
-random weights a model of this size did not learn to retrieve within minutes.
+which the output layer reads. Untrained, this answers no question (``docs/recall-model.md``), but
+training from it takes minutes.
 """
 
 import math
@@ -41,7 +41,8 @@ NUM_OFFSETS: Final = 8
 NUM_COPY_LAYERS: Final = 2
 
 NOISE_STD: Final = 0.01
-"""Breaks the symmetry between heads; ten times as much would drown the codes."""
+"""Breaks the symmetry between heads. Ten times as much would be longer than a code, which has unit
+length: ``0.1 * sqrt(HIDDEN_SIZE) > 1``."""
 OFFSET_SHARPNESS: Final = 3.0
 """Norm weight of the previous-token heads. The neighbours of the wanted token score about
 ``1.07 * 3.0**2 = 9.6`` lower, so that they get e^-9.6 of its weight."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedTokenizerBase, Qwen3ForCausalLM
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.recall_data import RecallDocument, build_document, encode
 from offload.recall_model import load_recall_model
@@ -18,7 +18,7 @@ SEED = 11
 
 
 @functools.cache
-def recall_model() -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
+def recall_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_recall_model()
 
 
