@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv/bin/python
 JOBS ?= 2
-# One thread a process: the tests run in JOBS processes, and results do not depend on the cores.
-export OMP_NUM_THREADS ?= 1
+# The tests run in JOBS processes, one thread each, so that results do not depend on the cores.
+test fault gpu: export OMP_NUM_THREADS = 1
 
 .PHONY: setup lock check test fault gpu bench demo wheel clean
 
@@ -28,7 +28,8 @@ gpu: setup  ## the tests that need a CUDA device
 	$(VENV) -m pytest -m gpu
 
 bench: setup  ## every benchmark at its quick size; results go to benchmarks/results/
-	@set -e; for file in benchmarks/*.py; do echo "$$file"; $(VENV) $$file; done
+	@set -e; for name in $(basename $(notdir $(wildcard benchmarks/*.py))); do \
+		echo "benchmarks.$$name"; $(VENV) -m benchmarks.$$name; done
 
 demo: setup  ## answer questions about a long document with a cache that does not fit
 	$(VENV) -m offload.cli demo

@@ -91,16 +91,16 @@ def run(args: argparse.Namespace) -> int:
     """
     apply_threads(args)
     prompt = read_prompt(args.prompt_file, args.prompt)
-    tiers, capacity = args.tiers.split(","), parse_capacity(args.capacity)
-    model, tokenizer = load_local_model(args.model, args.dtype, args.device)
+    # The cache comes first: loading a model takes minutes, finding a bad argument should not.
     with OffloadedCache(
-        tiers,
+        [tier.strip() for tier in args.tiers.split(",")],
         policy=args.policy,
-        capacity=capacity,
+        capacity=parse_capacity(args.capacity),
         disk_path=args.disk_path,
         chunk_tokens=args.chunk_tokens,
-        config=model.config,
     ) as cache:
+        model, tokenizer = load_local_model(args.model, args.dtype, args.device)
+        cache.bind(model.config)
         generation = generate(model, tokenizer, cache, prompt, args)
     if args.json:
         data = dataclasses.asdict(generation) | {"stats": stats_data(generation.stats)}

@@ -56,11 +56,12 @@ class CacheCore:
         """
         self.check_open()
         runtime = self._open(keys, values)
-        if layer == min(runtime.layers, default=layer):
-            self._step_tokens = self.num_tokens(layer)
+        length = self.num_tokens(layer)
+        begins_step = layer == min(runtime.layers, default=layer)
+        self._step_tokens = length if begins_step else max(length, self._step_tokens)
         try:
             return runtime.append(layer, keys, values)
-        except Exception as error:
+        except BaseException as error:
             self._undo(error)
             raise
 
@@ -70,7 +71,7 @@ class CacheCore:
         assert self.runtime is not None
         try:
             return self.runtime.attend(layer, call, appended)
-        except Exception as error:
+        except BaseException as error:
             self._undo(error)
             raise
 
@@ -95,9 +96,7 @@ class CacheCore:
         if self._is_closed:
             self.check_open()
         self._torn_by = None
-        if self.runtime is not None:
-            runtime, self.runtime = self.runtime, None
-            runtime.close()
+        self._drop_runtime()
 
     def fork(self) -> "CacheCore":
         """Return a copy that shares every chunk."""
@@ -134,18 +133,28 @@ class CacheCore:
                 keys.dtype,
             )
             batch = keys.shape[0]
-            tail_bytes = self.num_layers * batch * layout.chunk_bytes
-            engine = Engine(self.config, layout, batch, tail_bytes, keys.device)
+            engine = Engine(self.config, layout, batch, self.num_layers, keys.device)
             self.runtime = Runtime(engine, self.num_layers, batch)
         return self.runtime
 
-    def _undo(self, cause: Exception) -> None:
-        """Bring every layer back to the length it had when the step began."""
+    def _drop_runtime(self) -> None:
+        if self.runtime is not None:
+            runtime, self.runtime = self.runtime, None
+            runtime.close()
+
+    def _crop(self, num_tokens: int) -> None:
         assert self.runtime is not None
+        for index, sequence in self.runtime.layers.items():
+            if sequence.num_tokens > num_tokens:
+                self.runtime.crop(index, num_tokens)
+
+    def _undo(self, cause: BaseException) -> None:
+        """Bring every layer back to the length it had when the step began."""
         try:
-            for index, sequence in self.runtime.layers.items():
-                if sequence.num_tokens > self._step_tokens:
-                    self.runtime.crop(index, self._step_tokens)
+            if self._step_tokens == 0:
+                self._drop_runtime()  # the next prompt may have another shape
+            else:
+                self._crop(self._step_tokens)
         except Exception as error:
             cause.add_note(f"undoing the step failed as well: {error}")
             self._torn_by = cause

@@ -55,8 +55,8 @@ class Engine:
     layout : ChunkLayout
     batch : int
         Rows of the first runtime.
-    tail_bytes : int
-        Tails of the first runtime, all layers.
+    num_layers : int
+        Layers that will share the tiers.
     device : torch.device
     """
 
@@ -65,7 +65,7 @@ class Engine:
         config: EngineConfig,
         layout: ChunkLayout,
         batch: int,
-        tail_bytes: int,
+        num_layers: int,
         device: torch.device,
     ) -> None:
         self.config = config
@@ -75,8 +75,10 @@ class Engine:
         self.lock = threading.RLock()
         self._tails: dict[int, int] = {}
         self._num_users = 0
+        tail_bytes = num_layers * batch * layout.chunk_bytes
         sizes = self._plan(tail_bytes, batch)
         self._host_extra_bytes = 0
+        self._num_layers = num_layers
         self.tiers = self._build_tiers(sizes, tail_bytes)
         self._write_memory = page_aligned(sizes.num_write_buffers * layout.slot_bytes)
         self.store = ChunkStore(
@@ -191,22 +193,18 @@ class Engine:
 
     def _build_tiers(self, sizes: WorkingSet, tail_bytes: int) -> list[Tier]:
         layout, capacities = self.layout, self.config.capacities
-        on_cuda = self.device.type == "cuda"
         staging = sizes.num_buffers * sizes.buffer_chunks * layout.slot_bytes
         tiers: list[Tier] = []
         if "gpu" in capacities:
             pool = capacities["gpu"] - staging - tail_bytes
-            tiers.append(MemoryTier("gpu", capacity_bytes=pool, layout=layout, device=self.device))
+            tiers.append(self._memory_tier("gpu", pool, self.device))
         if "cpu" in capacities:
             if "disk" in capacities:
                 self._host_extra_bytes = sizes.num_write_buffers * layout.slot_bytes
-            if on_cuda:
+            if self.device.type == "cuda":
                 self._host_extra_bytes += staging  # the page-locked mirror
             pool = max(0, capacities["cpu"] - self._host_extra_bytes)
-            host = torch.device("cpu")
-            tiers.append(
-                MemoryTier("cpu", capacity_bytes=pool, layout=layout, device=host, pinned=on_cuda)
-            )
+            tiers.append(self._memory_tier("cpu", pool, torch.device("cpu")))
         if "disk" in capacities:
             assert self.config.scratch is not None
             tiers.append(
@@ -218,3 +216,13 @@ class Engine:
                 )
             )
         return tiers
+
+    def _memory_tier(self, name: str, capacity_bytes: int, device: torch.device) -> MemoryTier:
+        return MemoryTier(
+            name,
+            capacity_bytes=capacity_bytes,
+            layout=self.layout,
+            device=device,
+            pinned=name == "cpu" and self.device.type == "cuda",
+            num_streams=self._num_layers,
+        )

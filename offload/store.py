@@ -1,6 +1,7 @@
 """The tiered store: puts chunks where there is room, moves them down and up, never loses one."""
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import NamedTuple
 
 from torch import Tensor
@@ -102,9 +103,11 @@ class ChunkStore:
             raise self._full(batch * num_chunks)
         placed: list[list[ChunkId]] = []
         try:
-            for level in range(len(self.tiers)):
+            # First within the layer's share of every tier, so that all layers are spread alike and
+            # their reads overlap evenly; then wherever there is room.
+            for stream, level in product((layer, None), range(len(self.tiers))):
                 start = len(placed)
-                count = self._positions_with_room(level, num_chunks - start, batch)
+                count = self._positions_with_room(level, num_chunks - start, batch, stream)
                 if count:
                     token = first_token + start * self.layout.chunk_tokens
                     part = _Source(*(x[:, start : start + count] for x in source))
@@ -168,7 +171,7 @@ class ChunkStore:
         tier, entry = self.tiers[level], self.table[chunk]
         if level >= self.level_of(chunk) or not entry.slots or not tier.num_free:
             return False
-        slots = tier.allocate(1)
+        slots = tier.allocate(1, stream=entry.info.layer)
         tier.write(slots, [entry.info], [content]).wait(self.deadline_s)
         for lower in list(entry.slots):
             if isinstance(self.tiers[lower], MemoryTier) and chunk not in self.table.protected:
@@ -238,14 +241,20 @@ class ChunkStore:
             f"free slots: {free}; raise a capacity or add a tier"
         )
 
-    def _positions_with_room(self, level: int, wanted: int, batch: int) -> int:
-        """Return how many positions of ``batch`` chunks fit now, after the policy made room."""
+    def _positions_with_room(
+        self, level: int, wanted: int, batch: int, stream: int | None = None
+    ) -> int:
+        """Return how many positions of ``batch`` chunks fit now, after the policy made room.
+
+        With ``stream``, only those that fit into its share.
+        """
         tier = self.tiers[level]
         missing = wanted * batch - tier.num_free
         if missing > 0 and level + 1 < len(self.tiers):
             for victim in self._policies[level].victims(missing, self.table.protected):
                 self._move(victim, level, self._level_below(level))
-        return min(wanted, tier.num_free // batch)
+        free = tier.num_free if stream is None else tier.num_free_for(stream)
+        return min(wanted, free // batch)
 
     def _place(
         self, level: int, layer: int, first_token: int, source: "_Source"
@@ -260,7 +269,7 @@ class ChunkStore:
         flat = [chunk for row in ids for chunk in row]
         tier = self.tiers[level]
         if isinstance(tier, MemoryTier):
-            slots = tier.allocate(len(flat))
+            slots = tier.allocate(len(flat), stream=layer)
             self._fill_slots(tier, slots, source)
             self.counters.add_stored(tier.name, len(slots) * tier.slot_bytes)
             for chunk, slot in zip(flat, slots, strict=True):
@@ -319,7 +328,7 @@ class ChunkStore:
         if any(lower > level for lower in entry.slots):
             self._drop_copy(chunk, entry, level)
         elif isinstance(tier, MemoryTier):
-            slots = tier.allocate(1)
+            slots = tier.allocate(1, stream=entry.info.layer)
             tier.write(slots, [entry.info], [content]).wait(self.deadline_s)
             self.counters.add_stored(tier.name, tier.slot_bytes)
             self._drop_copy(chunk, entry, level)

@@ -132,8 +132,11 @@ class WriteQueue:
         except BaseException:
             self._writes.popleft()
             self._tier.free(write.slots)
+            is_needed = any(self._table[chunk].ref_count for chunk in write.chunks)
             self._on_idle(write.chunks)
-            raise
+            if is_needed:
+                raise
+            return  # chunks of a step that was undone: its own error has been raised
         self._writes.popleft()
         self._counters.add_stored(self._tier.name, len(write.slots) * self._tier.slot_bytes)
         for chunk, slot in zip(write.chunks, write.slots, strict=True):

@@ -64,6 +64,10 @@ class Tier(ABC):
             The tier was closed.
         """
 
+    def num_free_for(self, stream: int) -> int:
+        """Return how many slots a stream can take without cutting into the share of another."""
+        return self.num_free
+
     @abstractmethod
     def free(self, slots: Collection[SlotId]) -> None:
         """Give slots back. Their content is gone."""

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from offload.errors import CapacityError, ClosedError, ConfigError, CorruptChunk
 from offload.tiers.base import Tier
-from offload.tiers.io_engine import IoEngine, Job, VectoredCall
+from offload.tiers.io_engine import IoEngine, Job
 from offload.tiers.io_plan import Operation
 from offload.tiers.record import RecordFormat
 from offload.tiers.record_io import RecordIo
-from offload.tiers.segment import SegmentFiles, SegmentTable
+from offload.tiers.segment import SegmentTable
+from offload.tiers.segment_files import SegmentFiles
+from offload.tiers.syscalls import VectoredCall
 from offload.tiers.transfer import FutureTransfer, Transfer
 from offload.types import ChunkInfo, ChunkLayout, SlotId
 

@@ -1,37 +1,21 @@
-"""Execute disk I/O: a small pool of threads, and system calls that finish what they begin."""
+"""Execute disk I/O: a small pool of threads that serves reads before writes."""
 
-import errno
 import mmap
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 
-from offload.errors import (
-    ClosedError,
-    ConfigError,
-    CorruptChunk,
-    DiskFull,
-    StorageError,
-    TransferTimeout,
-)
+from offload.errors import ClosedError, ConfigError, TransferTimeout
 from offload.tiers.io_plan import MAX_OP_BUFFERS
 from offload.types import PAGE_BYTES
 
 Job = Callable[[memoryview], None]
 """Work for one thread. Its argument is the thread's own page-aligned scratch memory."""
 
-VectoredCall = Callable[[int, Sequence[memoryview], int], int]
-"""``os.preadv`` or ``os.pwritev``: (fd, buffers, offset) to bytes moved."""
-
 SCRATCH_PAGES = MAX_OP_BUFFERS // 2
 """Header pages of the largest operation: every record takes a header and a payload buffer."""
-
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_REFUSES_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 
 
 class IoEngine:
@@ -176,121 +160,3 @@ class _Task:
             del self, future
         else:
             future.set_result(None)
-
-
-def read_fully(
-    fd: int, buffers: Sequence[memoryview], offset: int, what: str, preadv: VectoredCall = os.preadv
-) -> None:
-    """Fill buffers from a file, however many calls that takes.
-
-    Parameters
-    ----------
-    fd : int
-    buffers : sequence of memoryview, uint8
-        With ``O_DIRECT``: page-aligned, and whole pages.
-    offset : int
-    what : str
-        Names the read in an error.
-    preadv : callable
-
-    Raises
-    ------
-    CorruptChunk
-        The file ends too early.
-    StorageError
-        The system call failed; with ``EINVAL`` if ``O_DIRECT`` is set and an earlier call stopped
-        inside a page, as at the end of a truncated file.
-    """
-    missing = _move_all(fd, buffers, offset, what, preadv)
-    if missing:
-        raise CorruptChunk(f"{what}: the file ends {missing} bytes too early")
-
-
-def write_fully(
-    fd: int,
-    buffers: Sequence[memoryview],
-    offset: int,
-    what: str,
-    pwritev: VectoredCall = os.pwritev,
-) -> None:
-    """Write buffers to a file, however many calls that takes.
-
-    Parameters
-    ----------
-    fd, buffers, offset, what, pwritev
-        As in ``read_fully``.
-
-    Raises
-    ------
-    DiskFull
-        No space, quota or file size left.
-    StorageError
-        The system call failed, or stopped moving bytes.
-    """
-    missing = _move_all(fd, buffers, offset, what, pwritev)
-    if missing:
-        raise StorageError(errno.EIO, f"{what}: the system stopped {missing} bytes short")
-
-
-def as_storage_error(error: OSError, what: str) -> StorageError:
-    """Return our error for one of the operating system, with its ``errno``."""
-    kind = DiskFull if error.errno in _FULL else StorageError
-    return kind(error.errno, f"{what}: {error.strerror or error}")
-
-
-def supports_direct_io(directory: Path) -> bool:
-    """Return whether ``O_DIRECT`` works in a directory, by writing and reading one page.
-
-    Raises
-    ------
-    ConfigError
-        No file can be written there at all.
-    """
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    path = directory / f".probe-{os.getpid()}-{threading.get_ident()}"
-    page = mmap.mmap(-1, PAGE_BYTES)
-    try:
-        os.close(os.open(path, flags, 0o600))
-        try:
-            fd = os.open(path, os.O_RDWR | getattr(os, "O_DIRECT", 0) | os.O_CLOEXEC)
-            try:
-                return os.pwritev(fd, [page], 0) == os.preadv(fd, [page], 0) == PAGE_BYTES
-            finally:
-                os.close(fd)
-        finally:
-            os.unlink(path)
-    except OSError as error:
-        if error.errno in _REFUSES_DIRECT:
-            return False
-        raise ConfigError(f"cannot write in {directory}: {error.strerror}") from error
-
-
-def _move_all(
-    fd: int, buffers: Sequence[memoryview], offset: int, what: str, call: VectoredCall
-) -> int:
-    """Call until every byte has moved or no more do; return how many are missing."""
-    total = sum(len(buffer) for buffer in buffers)
-    reached = 0
-    while reached < total:
-        try:
-            moved = call(fd, _skip(buffers, reached), offset + reached)
-        except InterruptedError:
-            continue
-        except OSError as error:
-            raise as_storage_error(error, what) from error
-        if moved == 0:
-            break
-        reached += moved
-    return total - reached
-
-
-def _skip(buffers: Sequence[memoryview], num_bytes: int) -> Sequence[memoryview]:
-    """Return what is left of buffers after their first ``num_bytes``."""
-    if num_bytes == 0:
-        return buffers
-    left: list[memoryview] = []
-    for buffer in buffers:
-        if num_bytes < len(buffer):
-            left.append(buffer[num_bytes:])
-        num_bytes = max(0, num_bytes - len(buffer))
-    return left

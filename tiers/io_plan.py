@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_OP_BYTES = 4 << 20
 """More gains no bandwidth and keeps an urgent read waiting longer behind a write."""
@@ -13,8 +14,7 @@ MAX_OP_BUFFERS = 1024
 """``IOV_MAX`` on Linux: buffers one ``preadv`` or ``pwritev`` takes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """A run of bytes in one segment, and how many buffers it scatters into.
 
     Attributes
@@ -28,11 +28,6 @@ class Extent:
     offset: int
     num_bytes: int
     num_buffers: int
-
-    @property
-    def end(self) -> int:
-        """Offset of the first byte behind it."""
-        return self.offset + self.num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,32 +81,25 @@ def plan_io(
     total = sum(extent.num_bytes for extent in extents)
     share = -(-total // max(1, num_threads))
     target = min(max_op_bytes, max(min_split_bytes, share))
-    order = sorted(range(len(extents)), key=lambda i: (extents[i].segment, extents[i].offset))
-    groups: list[list[int]] = []
-    num_bytes = num_buffers = 0
-    for i in order:
+    ops: list[Operation] = []
+    members: list[int] = []
+    segment = start = end = num_buffers = 0
+    for i in sorted(range(len(extents)), key=extents.__getitem__):
         extent = extents[i]
         joins = (
-            bool(groups)
-            and _are_neighbours(extents[groups[-1][-1]], extent)
-            and num_bytes < target
-            and num_bytes + extent.num_bytes <= max_op_bytes
+            members
+            and (extent.segment, extent.offset) == (segment, end)
+            and end - start < target
+            and end - start + extent.num_bytes <= max_op_bytes
             and num_buffers + extent.num_buffers <= max_op_buffers
         )
-        if joins:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-            num_bytes = num_buffers = 0
-        num_bytes += extent.num_bytes
+        if not joins:
+            if members:
+                ops.append(Operation(segment, start, end - start, tuple(members)))
+            segment, start, members, num_buffers = extent.segment, extent.offset, [], 0
+        members.append(i)
+        end = extent.offset + extent.num_bytes
         num_buffers += extent.num_buffers
-    return [_operation(extents, group) for group in groups]
-
-
-def _are_neighbours(first: Extent, second: Extent) -> bool:
-    return first.segment == second.segment and first.end == second.offset
-
-
-def _operation(extents: Sequence[Extent], members: list[int]) -> Operation:
-    first, last = extents[members[0]], extents[members[-1]]
-    return Operation(first.segment, first.offset, last.end - first.offset, tuple(members))
+    if members:
+        ops.append(Operation(segment, start, end - start, tuple(members)))
+    return ops

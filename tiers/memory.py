@@ -28,6 +28,8 @@ class MemoryTier(Tier):
         Where the slots live.
     pinned : bool
         Page-lock the slots (host memory beside a CUDA device).
+    num_streams : int
+        Streams that share the slots evenly, see ``SlotPool``.
     """
 
     def __init__(
@@ -38,13 +40,18 @@ class MemoryTier(Tier):
         layout: ChunkLayout,
         device: torch.device,
         pinned: bool = False,
+        num_streams: int = 1,
     ) -> None:
         self.name = name
         self.capacity_bytes = capacity_bytes
         self.layout = layout
         self.slot_bytes = layout.slot_bytes
         self.pool = SlotPool(
-            capacity_bytes // self.slot_bytes, self.slot_bytes, device, pinned=pinned
+            capacity_bytes // self.slot_bytes,
+            self.slot_bytes,
+            device,
+            pinned=pinned,
+            num_streams=num_streams,
         )
         self._closed = False
 
@@ -68,9 +75,13 @@ class MemoryTier(Tier):
         if self._closed:
             raise ClosedError(f"the {self.name} tier is closed")
         try:
-            return self.pool.allocate(n)
+            return self.pool.allocate(n, stream)
         except CapacityError as error:
             raise CapacityError(f"{self.name} tier full: {error}") from None
+
+    def num_free_for(self, stream: int) -> int:
+        """Return the free slots of one stream's own share."""
+        return self.pool.num_free_for(stream)
 
     def free(self, slots: Collection[SlotId]) -> None:
         """Give slots back."""

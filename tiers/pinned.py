@@ -5,12 +5,12 @@ from torch import Tensor
 
 from offload.errors import CapacityError
 
-_STEP_BYTES = 256 << 20
+_PIECE_BYTES = 64 << 20
 """Registered at a time: locking a whole tier at once would stall the first token for seconds."""
 
 
-class PinnedPrefix:
-    """Keeps a growing prefix of a region page-locked for one CUDA context.
+class PinnedRegion:
+    """Keeps the pieces of a region that are in use page-locked for CUDA.
 
     torch's own pinned allocator rounds a request up to a power of two; registering our region does
     not. Not thread-safe. ``close`` must run before the memory is released.
@@ -22,30 +22,34 @@ class PinnedPrefix:
 
     def __init__(self, memory: Tensor) -> None:
         self._memory = memory
-        self._pieces: list[int] = []
-        self._locked_bytes = 0
+        self._locked: dict[int, int] = {}
 
-    def extend(self, num_bytes: int) -> None:
-        """Page-lock at least the first ``num_bytes``.
+    def lock(self, start: int, stop: int) -> None:
+        """Page-lock at least the bytes from ``start`` to ``stop``.
 
         Raises
         ------
         CapacityError
             The system refused. What was locked before stays locked.
         """
-        while self._locked_bytes < num_bytes:
-            step = min(_STEP_BYTES, self._memory.numel() - self._locked_bytes)
-            address = self._memory.data_ptr() + self._locked_bytes
-            status = int(torch.cuda.cudart().cudaHostRegister(address, step, 0))
-            if status != 0:
-                raise CapacityError(
-                    f"cannot page-lock {step} more bytes of host memory after "
-                    f"{self._locked_bytes} (CUDA error {status}); lower the cpu capacity"
-                )
-            self._pieces.append(address)
-            self._locked_bytes += step
+        for piece in range(start // _PIECE_BYTES, (stop - 1) // _PIECE_BYTES + 1):
+            if piece not in self._locked:
+                self._locked[piece] = self._register(piece * _PIECE_BYTES)
 
     def close(self) -> None:
         """Unlock everything. Idempotent."""
-        while self._pieces:
-            torch.cuda.cudart().cudaHostUnregister(self._pieces.pop())
+        while self._locked:
+            _, address = self._locked.popitem()
+            torch.cuda.cudart().cudaHostUnregister(address)
+
+    def _register(self, offset: int) -> int:
+        size = min(_PIECE_BYTES, self._memory.numel() - offset)
+        address = self._memory.data_ptr() + offset
+        status = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))
+        if status != 0:
+            raise CapacityError(
+                f"cannot page-lock {size} more bytes of host memory after "
+                f"{len(self._locked)} pieces of {_PIECE_BYTES} (CUDA error {status}); "
+                "lower the cpu capacity"
+            )
+        return address

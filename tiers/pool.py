@@ -2,22 +2,24 @@
 
 import heapq
 import mmap
+from bisect import bisect_right
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from offload.errors import CapacityError
-from offload.tiers.pinned import PinnedPrefix
+from offload.tiers.pinned import PinnedRegion
 from offload.types import ChunkLayout, SlotId
 
 
 class SlotPool:
-    """Equal, page-aligned slots in one slab, handed out lowest first.
+    """Equal, page-aligned slots in one slab, divided between streams, handed out lowest first.
 
-    Lowest first keeps the chunks of one prefill next to each other, so that attention can read them
-    as one strided view. The slab is address space until it is touched (on a CUDA device it is one
-    allocation); ``num_slots`` may shrink, never grow past the slab.
+    The chunks of one layer then lie next to each other in order, so that attention can read them as
+    one strided view. A stream whose share is full may take slots from the others. The slab is
+    address space until it is touched (on a CUDA device it is one allocation); ``num_slots`` may
+    shrink, never grow past the slab.
 
     Invariant: every slot is either free, used, or beyond ``num_slots``. Not thread-safe.
 
@@ -29,10 +31,18 @@ class SlotPool:
     device : torch.device
     pinned : bool
         Page-lock host memory, so that copies to a CUDA device can overlap with compute.
+    num_streams : int
+        Shares to divide the slots into.
     """
 
     def __init__(
-        self, num_slots: int, slot_bytes: int, device: torch.device, *, pinned: bool = False
+        self,
+        num_slots: int,
+        slot_bytes: int,
+        device: torch.device,
+        *,
+        pinned: bool = False,
+        num_streams: int = 1,
     ) -> None:
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
@@ -42,27 +52,43 @@ class SlotPool:
         else:
             memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self.slab = memory.view(num_slots, slot_bytes)
-        self._pinned = PinnedPrefix(memory) if pinned else None
-        self._free = [SlotId(slot) for slot in range(num_slots)]
+        self._pinned = PinnedRegion(memory) if pinned else None
+        self._starts = [share * num_slots // num_streams for share in range(num_streams)]
+        stops = [*self._starts[1:], num_slots]
+        self._free = [
+            [SlotId(slot) for slot in range(start, stop)]
+            for start, stop in zip(self._starts, stops, strict=True)
+        ]
         self._used: set[SlotId] = set()
 
     @property
     def num_free(self) -> int:
         """Slots that ``allocate`` could hand out now."""
-        return len(self._free)
+        return sum(map(len, self._free))
 
-    def allocate(self, n: int) -> list[SlotId]:
-        """Take the ``n`` lowest free slots, or raise CapacityError and take none."""
-        if n > len(self._free):
+    def num_free_for(self, stream: int) -> int:
+        """Return the free slots of one stream's own share."""
+        return len(self._free[stream % len(self._free)])
+
+    def allocate(self, n: int, stream: int = 0) -> list[SlotId]:
+        """Take ``n`` free slots, the stream's own and lowest first, or raise and take none.
+
+        Raises
+        ------
+        CapacityError
+        """
+        if n > self.num_free:
             raise CapacityError(
-                f"{n} slots requested, {len(self._free)} free of {self.num_slots} "
+                f"{n} slots requested, {self.num_free} free of {self.num_slots} "
                 f"({self.slot_bytes} bytes each)"
             )
-        if self._pinned is not None and n:
-            highest = heapq.nsmallest(n, self._free)[-1]
-            self._pinned.extend((highest + 1) * self.slot_bytes)
-        slots = [heapq.heappop(self._free) for _ in range(n)]
+        share, slots = self._free[stream % len(self._free)], []
+        for _ in range(n):
+            share = share or max(self._free, key=len)
+            slots.append(heapq.heappop(share))
         self._used.update(slots)
+        if self._pinned is not None:
+            self._pin(slots)
         return slots
 
     def free(self, slots: Collection[SlotId]) -> None:
@@ -70,13 +96,13 @@ class SlotPool:
         for slot in slots:
             self._used.remove(slot)
             if slot < self.num_slots:
-                heapq.heappush(self._free, slot)
+                heapq.heappush(self._free[bisect_right(self._starts, slot) - 1], slot)
 
     def shrink(self, num_slots: int) -> None:
         """Lower ``num_slots``. Used slots beyond it stay valid until they are freed."""
         self.num_slots = min(self.num_slots, num_slots)
-        self._free = [slot for slot in self._free if slot < self.num_slots]
-        heapq.heapify(self._free)
+        for share in self._free:
+            share[:] = sorted(slot for slot in share if slot < self.num_slots)
 
     def chunk(self, slot: SlotId, layout: ChunkLayout) -> Tensor:
         """View one slot as a chunk, ``[num_kv_heads, chunk_tokens, row_dim]``."""
@@ -109,10 +135,20 @@ class SlotPool:
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a slot is neither free nor used, or both."""
-        assert len(set(self._free)) == len(self._free)
-        assert not self._used.intersection(self._free)
+        free = [slot for share in self._free for slot in share]
+        assert len(set(free)) == len(free)
+        assert not self._used.intersection(free)
         inside = sum(slot < self.num_slots for slot in self._used)
-        assert inside + len(self._free) == self.num_slots
+        assert inside + len(free) == self.num_slots
+
+    def _pin(self, slots: list[SlotId]) -> None:
+        assert self._pinned is not None
+        try:
+            for slot in slots:
+                self._pinned.lock(slot * self.slot_bytes, (slot + 1) * self.slot_bytes)
+        except CapacityError:
+            self.free(slots)
+            raise
 
 
 def as_chunk(buffer: Tensor, layout: ChunkLayout) -> Tensor:

@@ -6,7 +6,7 @@ and one over itself. ``docs/file-format.md`` has the byte offsets.
 """
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import xxhash
@@ -55,7 +55,7 @@ _DTYPE_CODES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RecordFormat:
     """What all records of one tier have in common.
 
@@ -64,6 +64,15 @@ class RecordFormat:
     layout : ChunkLayout
     fingerprint : bytes
         Identity of the model, at most 16 bytes; shorter ones are padded with zeros.
+
+    Attributes
+    ----------
+    head_bytes : int
+        Payload bytes of one KV head.
+    payload_bytes : int
+        Payload bytes of all of them, without padding.
+    record_bytes : int
+        The header page and a slot.
 
     Raises
     ------
@@ -74,29 +83,27 @@ class RecordFormat:
 
     layout: ChunkLayout
     fingerprint: bytes = b""
+    # Kept, because every record that is read needs them.
+    head_bytes: int = field(init=False)
+    payload_bytes: int = field(init=False)
+    record_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.layout.num_kv_heads > MAX_HEADS:
+        layout = self.layout
+        if layout.num_kv_heads > MAX_HEADS:
             raise ConfigError(
-                f"a record holds at most {MAX_HEADS} KV heads, not {self.layout.num_kv_heads}"
+                f"a record holds at most {MAX_HEADS} KV heads, not {layout.num_kv_heads}"
             )
-        if self.layout.dtype not in _DTYPE_CODES:
-            raise ConfigError(f"chunks of dtype {self.layout.dtype} cannot be stored on disk")
+        if layout.dtype not in _DTYPE_CODES:
+            raise ConfigError(f"chunks of dtype {layout.dtype} cannot be stored on disk")
         if len(self.fingerprint) > FINGERPRINT_BYTES:
             raise ConfigError(
                 f"a model fingerprint has at most {FINGERPRINT_BYTES} bytes, "
                 f"not {len(self.fingerprint)}"
             )
-
-    @property
-    def head_bytes(self) -> int:
-        """Payload bytes of one KV head."""
-        return self.layout.chunk_bytes // self.layout.num_kv_heads
-
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of one record: the header page and a slot."""
-        return PAGE_BYTES + self.layout.slot_bytes
+        object.__setattr__(self, "head_bytes", layout.chunk_bytes // layout.num_kv_heads)
+        object.__setattr__(self, "payload_bytes", layout.chunk_bytes)
+        object.__setattr__(self, "record_bytes", PAGE_BYTES + layout.slot_bytes)
 
 
 def digest_heads(payload: memoryview, head_bytes: int) -> tuple[int, ...]:
@@ -154,9 +161,14 @@ def check_header(header: memoryview, fmt: RecordFormat, info: ChunkInfo) -> tupl
             f"{_name(info)}: header checksum is {own:016x}, the record says {stored:016x} "
             f"(magic {found[0]!r})"
         )
-    for name, want, got in zip(_FIELD_NAMES, _fields(fmt, info), found, strict=True):
-        if want != got:
-            raise CorruptChunk(f"{_name(info)}: {name} should be {want!r}, the record has {got!r}")
+    expected = _fields(fmt, info)
+    if found != expected:
+        name, want, got = next(
+            field
+            for field in zip(_FIELD_NAMES, expected, found, strict=True)
+            if field[1] != field[2]
+        )
+        raise CorruptChunk(f"{_name(info)}: {name} should be {want!r}, the record has {got!r}")
     return struct.unpack_from(f"<{fmt.layout.num_kv_heads}Q", header, _DIGESTS_OFFSET)
 
 
@@ -215,7 +227,7 @@ def verify(header: memoryview, payload: memoryview, fmt: RecordFormat, info: Chu
         The record is not what was written for ``info``.
     """
     digests = check_header(header, fmt, info)
-    check_heads(payload[: fmt.layout.chunk_bytes], fmt, info, digests)
+    check_heads(payload[: fmt.payload_bytes], fmt, info, digests)
 
 
 def _fields(fmt: RecordFormat, info: ChunkInfo) -> tuple[bytes | int, ...]:
@@ -233,7 +245,7 @@ def _fields(fmt: RecordFormat, info: ChunkInfo) -> tuple[bytes | int, ...]:
         info.first_token,
         info.chunk_id,
         fmt.fingerprint.ljust(FINGERPRINT_BYTES, b"\0"),
-        layout.chunk_bytes,
+        fmt.payload_bytes,
         layout.num_kv_heads,
     )
 

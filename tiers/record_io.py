@@ -2,12 +2,11 @@
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
 from offload.errors import StorageError
-from offload.tiers.io_engine import VectoredCall, read_fully, supports_direct_io, write_fully
 from offload.tiers.io_plan import Extent, Operation, plan_io
 from offload.tiers.record import (
     RecordFormat,
@@ -17,7 +16,8 @@ from offload.tiers.record import (
     pack_header,
     verify,
 )
-from offload.tiers.segment import SegmentFiles
+from offload.tiers.segment_files import SegmentFiles
+from offload.tiers.syscalls import VectoredCall, read_fully, supports_direct_io, write_fully
 from offload.types import PAGE_BYTES, ChunkInfo
 
 _BUFFERS_PER_RECORD = 2
@@ -88,12 +88,13 @@ class RecordIo:
         StorageError
         """
         headers, payloads, buffers = _scatter(op, out, scratch)
+        is_aligned = _are_aligned(out[member] for member in op.members)
         what = self._describe("read", op.segment, op.offset, op.num_bytes)
 
         def move(fd: int) -> None:
             read_fully(fd, buffers, op.offset, what, self._preadv)
 
-        self._on_file(op.segment, move, writing=False, direct=self._fits_direct(out))
+        self._on_file(op.segment, move, writing=False, is_aligned=is_aligned)
         for member, header, payload in zip(op.members, headers, payloads, strict=True):
             verify(header, payload, self.fmt, infos[member])
 
@@ -117,8 +118,9 @@ class RecordIo:
         StorageError
         """
         headers, payloads, buffers = _scatter(op, src, scratch)
+        is_aligned = _are_aligned(src[member] for member in op.members)
         for member, header, payload in zip(op.members, headers, payloads, strict=True):
-            chunk = payload[: self.fmt.layout.chunk_bytes]
+            chunk = payload[: self.fmt.payload_bytes]
             digests = digest_heads(chunk, self.fmt.head_bytes)
             header[:] = pack_header(self.fmt, infos[member], digests)
         what = self._describe("write", op.segment, op.offset, op.num_bytes)
@@ -126,7 +128,7 @@ class RecordIo:
         def move(fd: int) -> None:
             write_fully(fd, buffers, op.offset, what, self._pwritev)
 
-        self._on_file(op.segment, move, writing=True, direct=self._fits_direct(src))
+        self._on_file(op.segment, move, writing=True, is_aligned=is_aligned)
 
     def read_heads(
         self,
@@ -159,7 +161,7 @@ class RecordIo:
         header, payload = scratch[:PAGE_BYTES], _view(out)
         start = index * self.fmt.record_bytes
         offset = start + PAGE_BYTES + first * self.fmt.head_bytes
-        direct = self._fits_direct([out]) and self.fmt.head_bytes % PAGE_BYTES == 0
+        is_aligned = _are_aligned([out]) and self.fmt.head_bytes % PAGE_BYTES == 0
 
         def move(fd: int) -> None:
             what = self._describe("read", segment, start, PAGE_BYTES)
@@ -167,18 +169,19 @@ class RecordIo:
             what = self._describe("read", segment, offset, len(payload))
             read_fully(fd, [payload], offset, what, self._preadv)
 
-        self._on_file(segment, move, writing=False, direct=direct)
+        self._on_file(segment, move, writing=False, is_aligned=is_aligned)
         digests = check_header(header, self.fmt, info)
         check_heads(payload, self.fmt, info, digests, first)
 
     def _on_file(
-        self, segment: int, move: Callable[[int], None], *, writing: bool, direct: bool
+        self, segment: int, move: Callable[[int], None], *, writing: bool, is_aligned: bool
     ) -> None:
         """Open a segment and move bytes, through the page cache if need be.
 
         With ``O_DIRECT`` the system refuses to go on from inside a page, which is where a truncated
         file or a limit on the file size leaves it; without, the same call tells what is wrong.
         """
+        direct = self.is_direct and is_aligned
         try:
             with self._files.open(segment, writing=writing, direct=direct) as fd:
                 move(fd)
@@ -188,15 +191,16 @@ class RecordIo:
             with self._files.open(segment, writing=writing, direct=False) as fd:
                 move(fd)
 
-    def _fits_direct(self, buffers: Sequence[Tensor]) -> bool:
-        return self.is_direct and all(buffer.data_ptr() % PAGE_BYTES == 0 for buffer in buffers)
-
     def _describe(self, verb: str, segment: int, offset: int, num_bytes: int) -> str:
         return f"{verb} of {num_bytes} bytes at offset {offset} of {self._files.path(segment)}"
 
 
 def _view(buffer: Tensor) -> memoryview:
     return buffer.numpy().data
+
+
+def _are_aligned(buffers: Iterable[Tensor]) -> bool:
+    return all(buffer.data_ptr() % PAGE_BYTES == 0 for buffer in buffers)
 
 
 def _scatter(

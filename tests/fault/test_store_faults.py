@@ -89,7 +89,8 @@ def settle(store: ChunkStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "error"), [(errno.ENOSPC, DiskFull), (errno.EDQUOT, DiskFull), (errno.EIO, StorageError)]
+    ("code", "error"),
+    [(errno.ENOSPC, DiskFull), (errno.EDQUOT, DiskFull), (errno.EIO, StorageError)],
 )
 def test_chunk_whose_store_failed_stays_readable_and_the_next_ones_are_stored(
     open_store: Callable[..., ChunkStore], code: int, error: type[StorageError]

@@ -85,8 +85,7 @@ class SequenceMachine(RuleBasedStateMachine):
         sizes = {"gpu": device_slots, "cpu": 8, "disk": 4096}
         capacities = {name: slots * LAYOUT.slot_bytes for name, slots in sizes.items()}
         config = EngineConfig(capacities, Preset("test", policy), LAYOUT.chunk_tokens, self.scratch)
-        tail_bytes = NUM_LAYERS * batch * LAYOUT.chunk_bytes
-        engine = Engine(config, LAYOUT, batch, tail_bytes, torch.device("cpu"))
+        engine = Engine(config, LAYOUT, batch, NUM_LAYERS, torch.device("cpu"))
         empty = [torch.zeros(batch, 2, 0, 8) for _ in range(NUM_LAYERS)]
         self.pairs.append((Runtime(engine, NUM_LAYERS, batch), Plain(list(empty), list(empty))))
 

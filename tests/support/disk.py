@@ -5,9 +5,14 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
+import torch
+
+from offload.errors import CorruptChunk
 from offload.tiers.disk import DiskTier
-from offload.tiers.io_engine import VectoredCall
-from offload.types import PAGE_BYTES, ChunkLayout
+from offload.tiers.syscalls import VectoredCall
+from offload.types import PAGE_BYTES, ChunkInfo, ChunkLayout, SlotId
+from tests.contracts.tier_contract import WHOLE_PAGES, make_buffers, make_infos
 
 WAIT_S = 30.0
 """Longest wait in a test for something that should happen at once."""
@@ -37,6 +42,34 @@ def make_disk_tier(
         preadv=preadv,
         pwritev=pwritev,
     )
+
+
+def write_records(
+    tier: DiskTier, n: int, *, first_id: int = 0, seed: int = 1
+) -> tuple[list[SlotId], list[ChunkInfo], list[torch.Tensor]]:
+    """Write ``n`` records; return slots, infos and what was written."""
+    infos, source = make_infos(n, first_id=first_id), make_buffers(n, WHOLE_PAGES, seed)
+    slots = tier.allocate(n)
+    tier.write(slots, infos, source).wait(WAIT_S)
+    return slots, infos, source
+
+
+def read_records(tier: DiskTier, slots: list[SlotId], infos: list[ChunkInfo]) -> list[torch.Tensor]:
+    out = make_buffers(len(slots), WHOLE_PAGES)
+    tier.read(slots, infos, out).wait(WAIT_S)
+    return out
+
+
+def assert_unreadable_and_freeable(
+    tier: DiskTier, slots: list[SlotId], infos: list[ChunkInfo]
+) -> None:
+    num_free = tier.num_free
+    for slot, info in zip(slots, infos, strict=True):
+        with pytest.raises(CorruptChunk, match="hold no record"):
+            read_records(tier, [slot], [info])
+    tier.free(slots)
+    tier.check_integrity()
+    assert tier.num_free == num_free + len(slots)
 
 
 class FlakyCall:

@@ -277,7 +277,9 @@ MODES: dict[str, Mode] = {
     "padded": Mode(3, _one_call(_padded(40, 61, 5))),
     "chunked_prefill": Mode(2, _one_call(_plain(2, 71), prefill_chunk_size=13)),
     "chunked_padded": Mode(2, _one_call(_padded(66, 38), prefill_chunk_size=16)),
-    "prompt_lookup": Mode(1, _one_call(_repetitive, prompt_lookup_num_tokens=4)),
+    "prompt_lookup": Mode(
+        1, _one_call(_repetitive, prompt_lookup_num_tokens=4, eos_token_id=1)
+    ),
     "assisted": Mode(1, assisted),
     "self_assisted": Mode(1, self_assisted),
     "three_turns": Mode(2, three_turns),

@@ -87,7 +87,7 @@ def test_plan_serves_every_extent_once_and_keeps_the_limits(
         at = op.offset
         for i in op.members:
             assert (extents[i].segment, extents[i].offset) == (op.segment, at)
-            at = extents[i].end
+            at += extents[i].num_bytes
         assert at == op.offset + op.num_bytes
         assert op.num_bytes <= max_op_bytes or len(op.members) == 1
         assert 2 * len(op.members) <= max_op_buffers

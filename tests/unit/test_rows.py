@@ -67,9 +67,7 @@ def test_extend_appends_columns_to_rows(ledger: Ledger, tables: RowTables) -> No
     assert (tables.num_rows, tables.num_positions) == (2, 3)
 
 
-@pytest.mark.parametrize(
-    "indices", [[1, 0], [0, 0], [1], [1, 1, 0, 1], [0, 1, 0, 1]], ids=str
-)
+@pytest.mark.parametrize("indices", [[1, 0], [0, 0], [1], [1, 1, 0, 1], [0, 1, 0, 1]], ids=str)
 def test_select_makes_rows_copies_of_the_old_ones(
     ledger: Ledger, tables: RowTables, indices: list[int]
 ) -> None:

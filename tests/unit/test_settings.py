@@ -87,7 +87,7 @@ def test_capacity_of_a_tier_that_is_not_used_is_refused(tmp_path: Path) -> None:
 
 
 def test_disk_path_without_a_disk_tier_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="disk_path='.*disk' needs the tier 'disk'"):
+    with pytest.raises(ConfigError, match=r"disk_path='.*disk' needs the tier 'disk'"):
         make_cache(tmp_path, tiers=["gpu"], capacity={"gpu": "4MiB"})
     assert list(tmp_path.iterdir()) == []
 

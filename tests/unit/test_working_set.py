@@ -48,7 +48,7 @@ def test_device_of_exactly_the_smallest_working_set_is_enough() -> None:
 
 
 def test_host_below_two_write_buffers_raises_with_the_numbers() -> None:
-    with pytest.raises(CapacityError, match="cpu capacity 8191 bytes .* 2 write buffers of 4096"):
+    with pytest.raises(CapacityError, match=r"cpu capacity 8191 bytes .* 2 write buffers of 4096"):
         plan_working_set(None, 8191, 4096, 0, batch=1)
 
 
