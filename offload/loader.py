@@ -146,10 +146,12 @@ class StagingLoader:
         """
         while reading is not None:
             try:
-                return reading.wait(self._store.deadline_s)
+                reading.wait(self._store.deadline_s)
             except TransferTimeout:
                 if self._is_closing:
                     raise
+            else:
+                return
 
     def _promote(self, group: LoadGroup, buffer: int) -> None:
         store = self._store

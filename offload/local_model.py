@@ -1,5 +1,6 @@
 """Load a causal language model from a folder on this machine. Never downloads anything."""
 
+import textwrap
 from pathlib import Path
 from typing import Any, Final
 
@@ -71,7 +72,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = textwrap.shorten(str(error), 120, placeholder=" …")
         raise ConfigError(f"device {name!r} cannot be used: {reason}") from error
     return device
 
@@ -86,7 +87,7 @@ def _load_folder(
     tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, folder, "tokenizer")
     if not tokenizer.encode("a", add_special_tokens=False):
         # transformers makes an empty one up where the folder has none.
-        raise ConfigError(f"model {str(folder)!r}: no tokenizer in it")
+        raise ConfigError(f"model {str(folder)!r}: no usable tokenizer: it makes nothing of 'a'")
     model: PreTrainedModel = _load(
         AutoModelForCausalLM, folder, "causal language model", dtype=dtype
     )
@@ -99,5 +100,5 @@ def _load(auto: Any, folder: Path, what: str, **arguments: Any) -> Any:
             folder, local_files_only=True, trust_remote_code=False, **arguments
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = textwrap.shorten(str(error), 300, placeholder=" …")
         raise ConfigError(f"model {str(folder)!r}: no usable {what}: {reason}") from error

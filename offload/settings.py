@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
+import torch
+
 from offload.config import parse_size
 from offload.engine import EngineConfig
 from offload.errors import ConfigError
@@ -49,10 +51,11 @@ def check_capacity(
         if tier not in tiers:
             raise ConfigError(f"capacity names tier {tier!r}, but the tiers are {list(tiers)}")
         given[tier] = parse_size(size)
-    missing = [tier for tier in tiers if tier not in given]
-    if missing:
-        given |= default_capacities(survey(disk_path or default_parent()), missing)
-    return {tier: given[tier] for tier in tiers}
+    if all(tier in given for tier in tiers):
+        return {tier: given[tier] for tier in tiers}
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    defaults = default_capacities(survey(disk_path or default_parent(), gpus), tiers, *gpus)
+    return {tier: given.get(tier, defaults[tier]) for tier in tiers}
 
 
 def check_settings(

@@ -177,6 +177,7 @@ class ChunkStore:
             if isinstance(self.tiers[lower], MemoryTier) and chunk not in self.table.protected:
                 self._drop_copy(chunk, entry, lower)
         self._arrive(chunk, level, slots[0])
+        self.counters.add_stored(tier.name, tier.slot_bytes)
         self.counters.promoted_chunks += 1
         return True
 
@@ -253,7 +254,7 @@ class ChunkStore:
         if missing > 0 and level + 1 < len(self.tiers):
             for victim in self._policies[level].victims(missing, self.table.protected):
                 self._move(victim, level, self._level_below(level))
-        free = tier.num_free if stream is None else tier.num_free_for(stream)
+        free = tier.num_free if stream is None else tier.num_free_for(stream, batch)
         return min(wanted, free // batch)
 
     def _place(

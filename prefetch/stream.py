@@ -1,7 +1,7 @@
 """Stream groups of chunks through a ring of staging buffers, the next ones loading meanwhile."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Protocol
 
 from offload.prefetch.plan import LoadGroup
@@ -56,7 +56,7 @@ class ChunkStream:
 
     def read(
         self, groups: Sequence[LoadGroup], upcoming: Sequence[LoadGroup]
-    ) -> Iterator[tuple[LoadGroup, int]]:
+    ) -> Generator[tuple[LoadGroup, int], None, None]:
         """Yield each group with the buffer that holds it, valid until the next one is asked for.
 
         Parameters

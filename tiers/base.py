@@ -64,8 +64,12 @@ class Tier(ABC):
             The tier was closed.
         """
 
-    def num_free_for(self, stream: int) -> int:
-        """Return how many slots a stream can take without cutting into the share of another."""
+    def num_free_for(self, stream: int, group: int) -> int:
+        """Return how many slots a stream can take without cutting into the share of another.
+
+        Slots are taken ``group`` at a time (one for each row of a batch); shares too small for one
+        group are not kept apart.
+        """
         return self.num_free
 
     @abstractmethod

@@ -79,9 +79,9 @@ class MemoryTier(Tier):
         except CapacityError as error:
             raise CapacityError(f"{self.name} tier full: {error}") from None
 
-    def num_free_for(self, stream: int) -> int:
+    def num_free_for(self, stream: int, group: int) -> int:
         """Return the free slots of one stream's own share."""
-        return self.pool.num_free_for(stream)
+        return self.pool.num_free_for(stream, group)
 
     def free(self, slots: Collection[SlotId]) -> None:
         """Give slots back."""

@@ -66,8 +66,10 @@ class SlotPool:
         """Slots that ``allocate`` could hand out now."""
         return sum(map(len, self._free))
 
-    def num_free_for(self, stream: int) -> int:
-        """Return the free slots of one stream's own share."""
+    def num_free_for(self, stream: int, group: int) -> int:
+        """Return the free slots of one stream's own share; see ``Tier.num_free_for``."""
+        if self.num_slots < group * len(self._free):
+            return self.num_free
         return len(self._free[stream % len(self._free)])
 
     def allocate(self, n: int, stream: int = 0) -> list[SlotId]:

@@ -39,7 +39,7 @@ def make_environment(folder: Path, version: str) -> Path:
     ).stdout.strip()
     # Comes after the environment's own folder on the path, so what is installed here wins.
     Path(own, "running.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*install, f"transformers=={version}"], check=True)
     return python
 

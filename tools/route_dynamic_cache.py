@@ -42,9 +42,7 @@ class RoutedCache(OffloadedCache, _Layers):
         config: Any = None,
         **_offloading: bool,
     ) -> None:
-        super().__init__(
-            _TIERS, capacity=_CAPACITY, chunk_tokens=_CHUNK_TOKENS, config=config
-        )
+        super().__init__(_TIERS, capacity=_CAPACITY, chunk_tokens=_CHUNK_TOKENS, config=config)
         for index, (keys, values, *_) in enumerate(ddp_cache_data or ()):
             if keys is not None and values is not None:
                 self.update(keys, values, index)
@@ -68,8 +66,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Replace the class wherever it has been imported to, and where it will be imported from."""
     original = cache_utils.DynamicCache
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "transformers" and vars(module).get("DynamicCache") is original:
+    loaded = [module for name, module in sys.modules.items() if name.startswith("transformers")]
+    for module in loaded:
+        if vars(module).get("DynamicCache") is original:
             module.DynamicCache = RoutedCache  # type: ignore[attr-defined]
 
 

@@ -170,9 +170,8 @@ def main() -> int:
             name: [run.results[name].outcome if name in run.results else "missing" for run in runs]
             for name in sorted(stock.results.keys() | ours.results.keys())
         }
-        arguments.json.write_text(
-            json.dumps({"outcomes": outcomes, "new_failures": lost, "routed": ours.routed}, indent=1)
-        )
+        report = {"outcomes": outcomes, "new_failures": lost, "routed": ours.routed}
+        arguments.json.write_text(json.dumps(report, indent=1))
     return 1 if lost or not ours.routed.get("updates") else 0
 
 

@@ -66,7 +66,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model = structured_model(arguments.seed)
     save_tokenizer(arguments.out)
-    with (arguments.out / "training_log.jsonl").open("w") as log:
+    with (arguments.out / "training_log.jsonl").open("w", buffering=1) as log:
         for record in train(model, arguments.seed, arguments.learning_rate):
             log.write(json.dumps(asdict(record)) + "\n")
     model.save_pretrained(arguments.out)

@@ -1,4 +1,4 @@
-"""The disk tier on a disk that hangs, and transfers that are cancelled, overtaken or closed upon."""
+"""The disk tier on a disk that hangs; transfers cancelled, overtaken, and closed upon."""
 
 import os
 import threading
@@ -72,7 +72,7 @@ def test_transfer_cancelled_before_it_started_moves_nothing(directory: Path) -> 
 def test_reads_overtake_queued_writes(directory: Path) -> None:
     gate, order = Gate(), list[str]()
 
-    def notewrite_records(*_: object) -> None:
+    def note_write(*_: object) -> None:
         order.append("write")
         gate()
 

@@ -25,7 +25,15 @@ from offload.errors import (
 from offload.tiers import segment_files
 from offload.types import PAGE_BYTES
 from tests.contracts.tier_contract import WHOLE_PAGES, make_buffers, make_infos, same_chunks
-from tests.support.disk import WAIT_S, FlakyCall, fail_with, make_disk_tier
+from tests.support.disk import (
+    WAIT_S,
+    FlakyCall,
+    assert_unreadable_and_freeable,
+    fail_with,
+    make_disk_tier,
+    read_records,
+    write_records,
+)
 
 _RECORD = PAGE_BYTES + WHOLE_PAGES.slot_bytes
 

@@ -18,8 +18,8 @@ from offload.prefetch.stream import ChunkStream
 from offload.stats import Counters
 from offload.store import ChunkStore
 from offload.tiers.eviction import KeepFirst
-from offload.tiers.io_engine import VectoredCall
 from offload.tiers.pool import as_chunk, page_aligned
+from offload.tiers.syscalls import VectoredCall
 from offload.types import ChunkId, ChunkLayout
 from tests.support.disk import WAIT_S, FlakyCall, Gate, fail_with, make_disk_tier
 

@@ -4,11 +4,12 @@ import contextlib
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from offload import OffloadedCache
 from offload.kernels import dispatch, reference
@@ -63,7 +64,7 @@ def test_kernel_on_the_device_gives_the_answer_of_the_reference_on_the_cpu(
     torch.testing.assert_close(found.lse.cpu().double(), expected.lse, rtol=limit, atol=limit)
 
 
-def make_llama(device: torch.device) -> PreTrainedModel:
+def make_llama(device: torch.device) -> Any:
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=64,
@@ -83,8 +84,11 @@ def make_llama(device: torch.device) -> PreTrainedModel:
     return model.to(device)
 
 
-def generate(model: PreTrainedModel, cache: Cache, ids: Tensor, **options: int) -> Tensor:
-    return model.generate(ids, past_key_values=cache, max_new_tokens=24, do_sample=False, **options)
+def generate(model: Any, cache: Cache, ids: Tensor, **options: int) -> Tensor:
+    tokens: Tensor = model.generate(
+        ids, past_key_values=cache, max_new_tokens=24, do_sample=False, **options
+    )
+    return tokens
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
@@ -162,7 +166,7 @@ def test_device_memory_of_a_cache_stays_within_its_capacity(
     assert used <= allowed
 
 
-def peak_bytes_of_one_piece(model: PreTrainedModel, ids: Tensor) -> int:
+def peak_bytes_of_one_piece(model: Any, ids: Tensor) -> int:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -83,10 +83,9 @@ def test_demo_leaves_nothing_on_the_disk(outcome: tuple[int, dict[str, Any]], di
 def test_demo_without_baseline_prints_where_the_bytes_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = main(
-        [*_COMMON, "--questions", "1", "--no-baseline", "--disk-path", str(tmp_path)]
-        + ["--capacity-gpu", "2MiB", "--capacity-cpu", "3MiB", "--capacity-disk", "64MiB"]
-    )
+    sizes = ["--capacity-gpu", "2MiB", "--capacity-cpu", "3MiB", "--capacity-disk", "64MiB"]
+    run = ["--questions", "1", "--no-baseline", "--disk-path", str(tmp_path)]
+    status = main([*_COMMON, *run, *sizes])
     printed = capsys.readouterr()
     capacities = {
         line.split("│")[0].strip(): line.split("│")[1].strip()

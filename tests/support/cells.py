@@ -10,8 +10,9 @@ import torch
 from transformers import Cache, DynamicCache
 
 from offload import CacheStats, OffloadedCache
+from tests.support.generation import Outcome
 from tests.support.models import ARCHITECTURES, make_model, tight_capacity
-from tests.support.modes import MODES, CacheFactory, Outcome
+from tests.support.modes import MODES
 
 TIERS = ("gpu", "cpu", "disk")
 CHUNK_TOKENS = (4, 8, 16)

@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from offload.types import PAGE_BYTES, ChunkLayout
 
@@ -72,9 +73,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture("Qwen3Config"),
     "mistral": Architecture("MistralConfig", {"sliding_window": None}),
     "mistral_sliding": Architecture("MistralConfig", {"sliding_window": 24}, offloads=False),
-    "gemma2": Architecture(
-        "Gemma2Config", _hybrid("sliding_attention", query_pre_attn_scalar=16)
-    ),
+    "gemma2": Architecture("Gemma2Config", _hybrid("sliding_attention", query_pre_attn_scalar=16)),
     "gemma3": Architecture(
         "Gemma3TextConfig", _hybrid("sliding_attention", query_pre_attn_scalar=16)
     ),
@@ -147,8 +146,8 @@ def make_model(name: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedM
     row = ARCHITECTURES[name]
     config = getattr(transformers, row.config_class)(**{**_COMMON, **row.overrides})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    model = model.to(torch.float32).eval().requires_grad_(requires_grad=False)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.float().eval().requires_grad_(requires_grad=False)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
@@ -166,17 +165,14 @@ def cached_layouts(model: PreTrainedModel, chunk_tokens: int) -> tuple[ChunkLayo
     stock = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.tensor([[2]]), past_key_values=stock)
-    return tuple(
-        ChunkLayout(
-            layer.keys.shape[1],
-            chunk_tokens,
-            layer.keys.shape[3],
-            layer.values.shape[3],
-            layer.keys.dtype,
-        )
-        for layer in stock.layers
-        if type(layer).__name__ == "DynamicLayer"
-    )
+    layouts = []
+    for layer in stock.layers:
+        if isinstance(layer, DynamicLayer) and not layer.is_sliding:
+            assert layer.keys is not None
+            assert layer.values is not None
+            heads, key_dim, value_dim = *layer.keys.shape[1::2], layer.values.shape[3]
+            layouts.append(ChunkLayout(heads, chunk_tokens, key_dim, value_dim, layer.keys.dtype))
+    return tuple(layouts)
 
 
 def tight_capacity(model: PreTrainedModel, batch: int, chunk_tokens: int) -> dict[str, int]:

@@ -6,7 +6,7 @@ makes belong to the caller, who closes them; forks of them, it closes itself.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,30 +14,17 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from tests.support.models import VOCAB_SIZE, make_model
-
-CacheFactory = Callable[[], Cache]
-"""Returns a new, empty cache."""
-
-NEW_TOKENS = 8
-"""Tokens generated per call."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a mode produced.
-
-    Attributes
-    ----------
-    tokens : sequence of Tensor
-        Generated ids, prompts included; int64 ``[rows, num_tokens]`` each.
-    logits : sequence of Tensor
-        Raw logits of every step, float32 ``[rows, ..., VOCAB_SIZE]`` each.
-    """
-
-    tokens: Sequence[Tensor]
-    logits: Sequence[Tensor]
-
+from tests.support.generation import (
+    CacheFactory,
+    Outcome,
+    decode,
+    generate,
+    join,
+    padded_prompt,
+    prompt,
+    release,
+)
+from tests.support.models import make_model
 
 Run = Callable[[PreTrainedModel, CacheFactory], Outcome]
 
@@ -62,58 +49,7 @@ class Mode:
         return self.run(model, make_cache)
 
 
-def prompt(batch: int, num_tokens: int, seed: int = 1) -> Tensor:
-    """Draw token ids that are neither padding nor an end, int64 ``[batch, num_tokens]``."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCAB_SIZE, (batch, num_tokens), generator=generator)
-
-
-def padded_prompt(lengths: Sequence[int]) -> dict[str, Tensor]:
-    """Draw a left-padded batch with rows of the given lengths, and its attention mask."""
-    ids = prompt(len(lengths), max(lengths))
-    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
-    return {"input_ids": ids * mask, "attention_mask": mask.long()}
-
-
-def release(cache: Cache) -> None:
-    """Close a cache if it is one that has something to close."""
-    close = getattr(cache, "close", None)
-    if close is not None:
-        close()
-
-
-def join(outcomes: Sequence[Outcome]) -> Outcome:
-    """Put the outcomes of several calls together."""
-    tokens = [tensor for outcome in outcomes for tensor in outcome.tokens]
-    return Outcome(tokens, [tensor for outcome in outcomes for tensor in outcome.logits])
-
-
-def generate(model: PreTrainedModel, cache: Cache, **arguments: Any) -> Outcome:  # noqa: ANN401
-    """Call ``model.generate`` with a cache and a fixed seed, and keep its logits."""
-    torch.manual_seed(7)
-    arguments.setdefault("do_sample", False)
-    result = model.generate(
-        past_key_values=cache,
-        max_new_tokens=NEW_TOKENS,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **arguments,
-    )
-    return Outcome([result.sequences], list(result.logits))
-
-
-@torch.no_grad()
-def decode(model: PreTrainedModel, cache: Cache, ids: Tensor, steps: int = NEW_TOKENS) -> Outcome:
-    """Continue a cache by hand: feed ``ids`` at once, then the best token of each step."""
-    tokens, logits = [ids], []
-    for _ in range(steps):
-        out = model(tokens[-1], past_key_values=cache).logits[:, -1]
-        logits.append(out)
-        tokens.append(out.argmax(-1, keepdim=True))
-    return Outcome([torch.cat(tokens, 1)], logits)
-
-
-def _one_call(ids: Callable[[], dict[str, Tensor]], **arguments: Any) -> Run:  # noqa: ANN401
+def _one_call(ids: Callable[[], dict[str, Tensor]], **arguments: Any) -> Run:
     def run(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome:
         return generate(model, make_cache(), **ids(), **arguments)
 
@@ -225,9 +161,9 @@ def crop_and_continue(model: PreTrainedModel, make_cache: CacheFactory) -> Outco
 @torch.no_grad()
 def pieces(model: PreTrainedModel, make_cache: CacheFactory) -> Outcome:
     """Feed a text in pieces of every kind of length, and look at the logits of every token."""
-    cache, ids, logits = make_cache(), prompt(2, 70), []
-    for piece in ids.split([1, 2, 13, 1, 16, 3, 32, 1, 1], 1):
-        logits.append(model(piece, past_key_values=cache).logits)
+    cache, lengths = make_cache(), [1, 2, 13, 1, 16, 3, 32, 1, 1]
+    ids = prompt(2, sum(lengths)).split(lengths, 1)
+    logits = [model(piece, past_key_values=cache).logits for piece in ids]
     best = [step[:, -1].argmax(-1, keepdim=True) for step in logits]
     return Outcome([torch.cat(best, 1)], logits)
 
@@ -267,9 +203,7 @@ MODES: dict[str, Mode] = {
     "greedy": Mode(1, _one_call(_plain(1, 64))),
     "greedy_batch": Mode(3, _one_call(_plain(3, 47))),
     "sampling": Mode(2, _one_call(_plain(2, 55), do_sample=True, top_k=20)),
-    "sampling_returns": Mode(
-        6, _one_call(_plain(2, 49), do_sample=True, num_return_sequences=3)
-    ),
+    "sampling_returns": Mode(6, _one_call(_plain(2, 49), do_sample=True, num_return_sequences=3)),
     "beams": Mode(6, _one_call(_plain(2, 45), **_BEAMS)),
     "beam_returns": Mode(6, _one_call(_plain(2, 43), **_BEAMS, num_return_sequences=2)),
     "beam_sampling": Mode(3, _one_call(_plain(1, 58), **_BEAMS, do_sample=True)),
@@ -277,9 +211,7 @@ MODES: dict[str, Mode] = {
     "padded": Mode(3, _one_call(_padded(40, 61, 5))),
     "chunked_prefill": Mode(2, _one_call(_plain(2, 71), prefill_chunk_size=13)),
     "chunked_padded": Mode(2, _one_call(_padded(66, 38), prefill_chunk_size=16)),
-    "prompt_lookup": Mode(
-        1, _one_call(_repetitive, prompt_lookup_num_tokens=4, eos_token_id=1)
-    ),
+    "prompt_lookup": Mode(1, _one_call(_repetitive, prompt_lookup_num_tokens=4, eos_token_id=1)),
     "assisted": Mode(1, assisted),
     "self_assisted": Mode(1, self_assisted),
     "three_turns": Mode(2, three_turns),
@@ -289,7 +221,7 @@ MODES: dict[str, Mode] = {
     "reset_and_reuse": Mode(2, reset_and_reuse),
     "select_rows": _edited(3, lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), 2),
     "repeat_rows": _edited(2, lambda cache: cache.batch_repeat_interleave(3), 6),
-    "reorder_rows": _edited(3, lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), 3),
+    "reorder_rows": _edited(3, lambda cache: cache.reorder_cache(torch.LongTensor([2, 0, 0])), 3),
     "crop": Mode(2, crop_and_continue),
     "pieces": Mode(2, pieces),
     "masked_holes": Mode(2, masked_holes),

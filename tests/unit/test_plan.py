@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.prefetch.plan import LayerPlan, ResidentRun, plan_layer
+from offload.prefetch.plan import LayerPlan, LoadGroup, ResidentRun, plan_layer
 from offload.types import ChunkId, SlotId
 
 Slots = list[list[int | None]]
@@ -55,7 +55,7 @@ def test_plan_of_any_layout_covers_each_visible_position_once(
 ) -> None:
     slots, max_group_chunks, first = drawn
     found = plan(slots, max_group_chunks, first)
-    parts = [*found.runs, *found.groups]
+    parts: list[ResidentRun | LoadGroup] = [*found.runs, *found.groups]
     covered = Counter(i for part in parts for i in range(part.start, part.start + part.count))
     assert covered == Counter(range(first, len(slots[0])))
     assert list(found.runs) == sorted(found.runs, key=lambda run: run.start)

@@ -15,6 +15,7 @@ from offload.stats import CacheStats, TierStats
 _STATS = CacheStats(
     tiers={
         "gpu": TierStats(1 << 20, 2 << 20, 3 << 20, 10, 0, 5 << 20),
+        "cpu": TierStats(0, 1 << 20, 4 << 20, 0, 0, 0),
         "disk": TierStats(7 << 30, 8 << 30, 9 << 30, 30, 11 << 30, 12 << 30),
     },
     num_tokens=2560,
@@ -93,7 +94,7 @@ def test_data_of_statistics_survives_json() -> None:
     assert data["prefetch_hit_rate"] == 0.875
 
 
-@pytest.mark.parametrize(("tier", "share"), [("gpu", 0.25), ("disk", 0.75)])
+@pytest.mark.parametrize(("tier", "share"), [("gpu", 0.25), ("cpu", 0.0), ("disk", 0.75)])
 def test_share_of_a_tier_is_its_part_of_all_chunks(tier: str, share: float) -> None:
     assert share_on(_STATS, tier) == share
 
@@ -128,7 +129,7 @@ def test_demo_passes_only_with_right_answers_and_identical_tokens(
     [
         "abcd 99 1234] 1234] right",
         "efgh 7 5678] 5679] wrong",
-        "OffloadedCache 1,280 tokens/s 2.5 tokens/s 6.0 2 MiB",
+        "OffloadedCache 1,280 tokens/s 2.5 tokens/s 6.0 3 MiB",
         "DynamicCache 1,280 tokens/s 2.5 tokens/s 6.0 5 MiB",
         "KV cache of 2560 tokens: 5 MiB, 75% on disk",
         "answers: 1 of 2 right",
