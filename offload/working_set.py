@@ -56,7 +56,7 @@ def plan_working_set(
     buffers, chunks = 3, max(batch, _BUFFER_BYTES // slot_bytes)
     if device_capacity_bytes is not None:
         spare = device_capacity_bytes - tail_bytes
-        share = min(_BUFFER_BYTES, device_capacity_bytes // 16)
+        share = min(_BUFFER_BYTES, device_capacity_bytes // 8, spare // 4)
         chunks = max(batch, share // slot_bytes)
         if spare < buffers * chunks * slot_bytes:
             buffers, chunks = 2, batch

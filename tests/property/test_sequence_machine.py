@@ -80,14 +80,18 @@ class SequenceMachine(RuleBasedStateMachine):
         policy=st.sampled_from([KeepFirst, LeastRecentlyUsed]),
         batch=st.integers(1, 2),
         device_slots=st.integers(12, 40),
+        num_tokens=st.integers(1, 40),
     )
-    def open(self, policy: type[EvictionPolicy], batch: int, device_slots: int) -> None:
+    def open(
+        self, policy: type[EvictionPolicy], batch: int, device_slots: int, num_tokens: int
+    ) -> None:
         sizes = {"gpu": device_slots, "cpu": 8, "disk": 4096}
         capacities = {name: slots * LAYOUT.slot_bytes for name, slots in sizes.items()}
         config = EngineConfig(capacities, Preset("test", policy), LAYOUT.chunk_tokens, self.scratch)
         engine = Engine(config, LAYOUT, batch, NUM_LAYERS, torch.device("cpu"))
         empty = [torch.zeros(batch, 2, 0, 8) for _ in range(NUM_LAYERS)]
         self.pairs.append((Runtime(engine, NUM_LAYERS, batch), Plain(list(empty), list(empty))))
+        self.grow(self.pairs[0], num_tokens, None, padded=False)
 
     def draw_pair(self, data: st.DataObject) -> tuple[Runtime, Plain]:
         return self.pairs[data.draw(st.integers(0, len(self.pairs) - 1))]
@@ -97,14 +101,20 @@ class SequenceMachine(RuleBasedStateMachine):
 
     @rule(
         data=st.data(),
-        num_new=st.one_of(st.just(1), st.integers(1, 13)),
+        num_new=st.sampled_from([1, 1, 2, 3, 4, 5, 8, 9, 13]),
         window=st.one_of(st.none(), st.integers(1, 30)),
         padded=st.booleans(),
     )
     def append_and_attend(
         self, data: st.DataObject, num_new: int, window: int | None, *, padded: bool
     ) -> None:
-        runtime, plain = self.draw_pair(data)
+        self.grow(self.draw_pair(data), num_new, window, padded=padded)
+
+    def grow(
+        self, pair: tuple[Runtime, Plain], num_new: int, window: int | None, *, padded: bool
+    ) -> None:
+        """Append and attend in every layer, unless the rows are long enough."""
+        runtime, plain = pair
         if plain.num_tokens + num_new > MAX_TOKENS:
             return
         for layer in range(NUM_LAYERS):
@@ -139,8 +149,9 @@ class SequenceMachine(RuleBasedStateMachine):
         runtime, plain = self.draw_pair(data)
         if not plain.num_tokens:
             return
-        some = st.lists(st.integers(0, plain.batch - 1), min_size=1, max_size=MAX_ROWS)
-        indices = data.draw(some)
+        row = st.integers(0, plain.batch - 1)
+        num_rows = data.draw(st.integers(1, MAX_ROWS))
+        indices = data.draw(st.lists(row, min_size=num_rows, max_size=num_rows))
         for layer in range(NUM_LAYERS):
             try:
                 runtime.select(layer, indices)
@@ -194,4 +205,4 @@ class SequenceMachine(RuleBasedStateMachine):
 
 
 TestSequence = SequenceMachine.TestCase
-TestSequence.settings = settings(stateful_step_count=25)
+TestSequence.settings = settings(stateful_step_count=30)

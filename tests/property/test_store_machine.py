@@ -65,8 +65,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.slots_when_protected: dict[ChunkId, dict[int, SlotId]] = {}
         self.num_tokens = 0
 
-    @initialize(policy=st.sampled_from([KeepFirst, LeastRecentlyUsed]))
-    def open(self, policy: type[EvictionPolicy]) -> None:
+    @initialize(
+        policy=st.sampled_from([KeepFirst, LeastRecentlyUsed]), positions=st.integers(1, 12)
+    )
+    def open(self, policy: type[EvictionPolicy], positions: int) -> None:
         buffers = page_aligned(WRITE_BUFFERS * LAYOUT.slot_bytes).view(WRITE_BUFFERS, -1)
         self.counters = stats.Counters()
         self.store = ChunkStore(
@@ -77,6 +79,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.counters,
             DEADLINE_S,
         )
+        self.put_some(1, positions, 0)
 
     def draw(self, data: st.DataObject, chunks: Counter[ChunkId]) -> ChunkId:
         return data.draw(st.sampled_from(sorted(+chunks)))
@@ -91,6 +94,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(batch=st.integers(1, 2), positions=st.integers(1, 6), layer=st.integers(0, 1))
     def put(self, batch: int, positions: int, layer: int) -> None:
+        self.put_some(batch, positions, layer)
+
+    def put_some(self, batch: int, positions: int, layer: int) -> None:
         shape = (batch, LAYOUT.num_kv_heads, positions * LAYOUT.chunk_tokens, 2)
         count = torch.Size(shape).numel()
         keys = torch.arange(count, dtype=torch.float32).view(shape) + 1000 * self.num_tokens
@@ -221,4 +227,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(stateful_step_count=25)
+TestStore.settings = settings(stateful_step_count=40)
