@@ -143,7 +143,7 @@ def _fold_bias(bias: Tensor, query: Tensor, num_kv_heads: int) -> Tensor:
     if bias.shape[1] == 1 and bias.shape[2] == 1:
         return bias
     full = bias.expand(-1, num_heads, num_queries, -1)
-    return full.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
+    return full.reshape(bias.shape[0], num_kv_heads, -1, bias.shape[3])
 
 
 def _flash(

@@ -145,12 +145,20 @@ def partial_attention(
 def _scores(query: Tensor, keys: Tensor) -> Tensor:
     """``[batch, heads, rows, keys]``; the members of a GQA group are folded into the rows."""
     folded = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-    return (folded @ keys.transpose(-1, -2)).unflatten(2, (-1, query.shape[2])).flatten(1, 2)
+    scores: Tensor = folded @ keys.transpose(-1, -2)
+    return _split_rows(scores, query.shape[2])
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     folded = weights.unflatten(1, (values.shape[1], -1)).flatten(2, 3)
-    return (folded @ values).unflatten(2, (-1, weights.shape[2])).flatten(1, 2)
+    out: Tensor = folded @ values
+    return _split_rows(out, weights.shape[2])
+
+
+def _split_rows(folded: Tensor, num_queries: int) -> Tensor:
+    """``[batch, kv_heads, group * queries, dim]`` to ``[batch, heads, queries, dim]``."""
+    batch, num_kv_heads, rows, dim = folded.shape
+    return folded.reshape(batch, num_kv_heads * rows // num_queries, num_queries, dim)
 
 
 def _accumulator(query: Tensor) -> torch.dtype:

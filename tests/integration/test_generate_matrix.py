@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from offload import OffloadedCache
+from offload import ConfigError, OffloadedCache
 from tests.support.cells import (
     TIERS,
     Cell,
@@ -17,7 +17,8 @@ from tests.support.cells import (
     run_offloaded,
     used_tiers,
 )
-from tests.support.models import ARCHITECTURES, make_model
+from tests.support.generation import generate, prompt
+from tests.support.models import ARCHITECTURES, UNSUPPORTED, make_model
 from tests.support.modes import MODES
 
 _MAX_LOGIT_ERROR = 1e-4
@@ -70,6 +71,25 @@ def test_cell_left_out_of_the_matrix_is_refused_by_transformers_itself(
 ) -> None:
     with pytest.raises((ValueError, RuntimeError, AttributeError)):
         expected_outcome(architecture, "eager", mode)
+
+
+@pytest.mark.parametrize("with_config", [False, True], ids=["learnt", "told"])
+@pytest.mark.parametrize("architecture", UNSUPPORTED)
+def test_generate_with_a_model_that_cannot_be_offloaded_is_refused(
+    architecture: str, with_config: bool, tmp_path: Path
+) -> None:
+    model = make_model(architecture, "eager")
+    with (
+        pytest.raises((ConfigError, RuntimeError)),
+        OffloadedCache(
+            TIERS,
+            capacity={"gpu": "1MiB", "cpu": "1MiB", "disk": "1GiB"},
+            disk_path=tmp_path,
+            chunk_tokens=8,
+            config=model.config if with_config else None,
+        ) as cache,
+    ):
+        generate(model, cache, input_ids=prompt(2, 20))
 
 
 @pytest.mark.parametrize("mode", ["greedy_batch", "beams", "chunked_padded", "three_turns"])

@@ -18,9 +18,10 @@ TIERS = ("gpu", "cpu", "disk")
 CHUNK_TOKENS = (4, 8, 16)
 
 _NO_SDPA = {"gemma2", "gpt_oss"}
-_SLIDING = {"mistral_sliding", "gemma2", "gemma3", "gpt_oss", "cohere2", "exaone4"}
-_RECURRENT = {"qwen3_next", "lfm2"}
-_STATEFUL = {"qwen3_next"}
+_SLIDING = {"mistral_sliding", "gemma2", "gemma3", "gpt_oss", "cohere2", "exaone4", "gemma4"}
+_RECURRENT = {"qwen3_next", "lfm2", "falcon_h1"}
+_STATEFUL = {"qwen3_next", "falcon_h1"}
+_NO_EMBEDS = {"falcon_h1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +65,20 @@ class Comparison:
 def refused_by_transformers(architecture: str, attention: str, mode: str) -> bool:
     """Tell whether transformers refuses the cell with its own DynamicCache.
 
-    Some models have no sdpa; layers that forget cannot take a mask as long as the text, and
-    recurrent layers can neither be selected by row nor, in some models, draft.
+    Some models have no sdpa, and some take no embeddings. Layers that forget cannot take a mask as
+    long as the text; recurrent layers can neither be selected by row nor, in some models, draft.
     """
-    if attention == "sdpa" and architecture in _NO_SDPA:
-        return True
-    if mode == "tree_mask":
-        return architecture in _SLIDING
-    if mode in ("select_rows", "repeat_rows"):
-        return architecture in _RECURRENT
-    if mode in ("prompt_lookup", "assisted", "self_assisted"):
-        return architecture in _STATEFUL
-    return False
+    refusing = {
+        "tree_mask": _SLIDING,
+        "select_rows": _RECURRENT,
+        "repeat_rows": _RECURRENT,
+        "prompt_lookup": _STATEFUL,
+        "assisted": _STATEFUL,
+        "self_assisted": _STATEFUL,
+        "inputs_embeds": _NO_EMBEDS,
+    }
+    no_attention = attention == "sdpa" and architecture in _NO_SDPA
+    return no_attention or architecture in refusing.get(mode, ())
 
 
 def all_cells() -> Iterator[Cell]:

@@ -124,7 +124,44 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nemotron": Architecture("NemotronConfig"),
     "exaone4": Architecture("Exaone4Config", _hybrid("sliding_attention")),
     "lfm2": Architecture("Lfm2Config", _hybrid("conv")),
+    "opt": Architecture("OPTConfig", {"num_key_value_heads": 4, "ffn_dim": 96}),
+    "falcon_h1": Architecture(
+        "FalconH1Config",
+        {
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 16,
+        },
+    ),
+    "gemma4": Architecture(
+        "Gemma4TextConfig",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "sliding_window": 24,
+            "num_kv_shared_layers": 2,
+            "global_head_dim": 32,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+            "hidden_size_per_layer_input": 16,
+        },
+    ),
 }
+
+UNSUPPORTED: dict[str, Architecture] = {
+    "diffllama": Architecture("DiffLlamaConfig"),
+    "jetmoe": Architecture("JetMoeConfig", {"kv_channels": 16, **_LOCAL_MOE}),
+    "bloom": Architecture("BloomConfig", {"n_head": 4, "n_layer": 3}),
+    "falcon": Architecture("FalconConfig"),
+    "mpt": Architecture("MptConfig", {"d_model": 64, "n_heads": 4, "n_layers": 3}),
+    "gpt_neox_japanese": Architecture("GPTNeoXJapaneseConfig"),
+    "bert": Architecture("BertConfig"),
+    "roberta": Architecture("RobertaConfig"),
+    "rembert": Architecture("RemBertConfig", {"is_decoder": True}),
+}
+"""Models that edit their keys or values after caching them, route attention elsewhere, or look
+ahead. None of them can be offloaded, and each has to be told so."""
 
 
 @cache
@@ -134,7 +171,7 @@ def make_model(name: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedM
     Parameters
     ----------
     name : str
-        A key of ``ARCHITECTURES``.
+        A key of ``ARCHITECTURES`` or ``UNSUPPORTED``.
     attention : {"sdpa", "eager"}
     seed : int
 
@@ -143,7 +180,7 @@ def make_model(name: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedM
     ValueError
         transformers has no such attention for the architecture.
     """
-    row = ARCHITECTURES[name]
+    row = ARCHITECTURES[name] if name in ARCHITECTURES else UNSUPPORTED[name]
     config = getattr(transformers, row.config_class)(**{**_COMMON, **row.overrides})
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)

@@ -220,7 +220,7 @@ MODES: dict[str, Mode] = {
     "inputs_embeds": Mode(2, inputs_embeds),
     "reset_and_reuse": Mode(2, reset_and_reuse),
     "select_rows": _edited(3, lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), 2),
-    "repeat_rows": _edited(2, lambda cache: cache.batch_repeat_interleave(3), 6),
+    "repeat_rows": _edited(3, lambda cache: cache.batch_repeat_interleave(2), 6),
     "reorder_rows": _edited(3, lambda cache: cache.reorder_cache(torch.LongTensor([2, 0, 0])), 3),
     "crop": Mode(2, crop_and_continue),
     "pieces": Mode(2, pieces),
