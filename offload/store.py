@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import NamedTuple
 
 from torch import Tensor
 
 from offload.errors import CapacityError, OffloadError
+from offload.source import ChunkSource, split
 from offload.stats import Counters
 from offload.table import ChunkTable, Entry
 from offload.tiers.base import Tier
@@ -96,10 +96,11 @@ class ChunkStore:
             The disk failed. Nothing of this call is kept; chunks of earlier calls are where they
             were, or readable from their write buffers.
         """
-        source = _split(keys, values, self.layout.chunk_tokens)
+        source = split(keys, values, self.layout.chunk_tokens)
         batch, num_chunks = source.keys.shape[:2]
         self.reap()
-        if batch * num_chunks > sum(tier.num_free for tier in self.tiers):
+        missing = batch * num_chunks - sum(tier.num_free for tier in self.tiers)
+        if missing > 0 and missing > len(self._duplicates()):
             raise self._full(batch * num_chunks)
         placed: list[list[ChunkId]] = []
         try:
@@ -110,7 +111,7 @@ class ChunkStore:
                 count = self._positions_with_room(level, num_chunks - start, batch, stream)
                 if count:
                     token = first_token + start * self.layout.chunk_tokens
-                    part = _Source(*(x[:, start : start + count] for x in source))
+                    part = source.positions(start, start + count)
                     placed += self._place(level, layer, token, part)
             if len(placed) < num_chunks:
                 raise self._full(batch * (num_chunks - len(placed)))
@@ -196,7 +197,10 @@ class ChunkStore:
             chunk for chunk in self.table if self.table[chunk].slots.get(level, -1) >= num_slots
         ]
         for chunk in beyond:
-            self._move(chunk, level, level if tier.num_free else self._level_below(level))
+            if tier.num_free:
+                self._move(chunk, level, level)
+            else:
+                self._demote(chunk, level)
 
     def reap(self) -> None:
         """Book the stores that have finished; raises if one failed."""
@@ -242,6 +246,16 @@ class ChunkStore:
             f"free slots: {free}; raise a capacity or add a tier"
         )
 
+    def _duplicates(self) -> list[ChunkId]:
+        """Return the chunks whose copy in the last tier is a second one that may be dropped."""
+        last = len(self.tiers) - 1
+        entries = ((chunk, self.table[chunk]) for chunk in self.table)
+        return [
+            chunk
+            for chunk, entry in entries
+            if last in entry.slots and len(entry.slots) > 1 and not entry.protect_count
+        ]
+
     def _positions_with_room(
         self, level: int, wanted: int, batch: int, stream: int | None = None
     ) -> int:
@@ -251,14 +265,17 @@ class ChunkStore:
         """
         tier = self.tiers[level]
         missing = wanted * batch - tier.num_free
-        if missing > 0 and level + 1 < len(self.tiers):
+        if missing > 0 and level + 1 == len(self.tiers):
+            for chunk in self._duplicates()[:missing]:
+                self._drop_copy(chunk, self.table[chunk], level)
+        elif missing > 0:
             for victim in self._policies[level].victims(missing, self.table.protected):
-                self._move(victim, level, self._level_below(level))
+                self._demote(victim, level)
         free = tier.num_free if stream is None else tier.num_free_for(stream, batch)
         return min(wanted, free // batch)
 
     def _place(
-        self, level: int, layer: int, first_token: int, source: "_Source"
+        self, level: int, layer: int, first_token: int, source: ChunkSource
     ) -> list[list[ChunkId]]:
         """Store ``[batch, num_chunks, ...]`` in one tier; the room is there."""
         batch, count = source.keys.shape[:2]
@@ -283,32 +300,23 @@ class ChunkStore:
             raise
         return ids
 
-    def _fill_slots(self, tier: MemoryTier, slots: list[SlotId], source: "_Source") -> None:
+    def _fill_slots(self, tier: MemoryTier, slots: list[SlotId], source: ChunkSource) -> None:
         batch, count = source.keys.shape[:2]
         if slots[-1] - slots[0] == len(slots) - 1:
             grid = grid_view(tier.pool.slab, slots[0], (1, batch), (batch, count), self.layout)
-            self._fill(grid, source.keys, source.values)
+            source.fill(grid, self.layout)
             return
         for i, slot in enumerate(slots):
-            row, position = i % batch, i // batch
-            chunk = tier.pool.chunk(slot, self.layout)
-            self._fill(chunk, source.keys[row, position], source.values[row, position])
+            source.fill_one(tier.pool.chunk(slot, self.layout), i, self.layout)
 
-    def _write_behind(self, chunks: list[ChunkId], source: "_Source") -> None:
+    def _write_behind(self, chunks: list[ChunkId], source: ChunkSource) -> None:
         assert self._queue is not None
-        batch = source.keys.shape[0]
         for start in range(0, len(chunks), self._queue.burst):
             part = chunks[start : start + self._queue.burst]
             buffers = self._queue.take_buffers(len(part))
             for i, buffer in enumerate(buffers, start):
-                row, position = i % batch, i // batch
-                chunk = as_chunk(buffer, self.layout)
-                self._fill(chunk, source.keys[row, position], source.values[row, position])
+                source.fill_one(as_chunk(buffer, self.layout), i, self.layout)
             self._queue.submit(part, buffers)
-
-    def _fill(self, target: Tensor, keys: Tensor, values: Tensor) -> None:
-        target[..., : self.layout.key_dim].copy_(keys, non_blocking=True)
-        target[..., self.layout.key_dim :].copy_(values, non_blocking=True)
 
     def _bury_unplaced(self, chunks: list[ChunkId]) -> None:
         """Undo the creation of chunks whose call failed half-way."""
@@ -317,6 +325,11 @@ class ChunkStore:
                 self.table.forget(chunk)
             else:
                 self.release([chunk])
+
+    def _demote(self, chunk: ChunkId, level: int) -> None:
+        """Move a chunk down; one that has a copy below needs no room there."""
+        is_below = any(lower > level for lower in self.table[chunk].slots)
+        self._move(chunk, level, level + 1 if is_below else self._level_below(level))
 
     def _move(self, chunk: ChunkId, level: int, target: int) -> None:
         """Move a chunk from a memory tier to a slot in ``target``, which has room."""
@@ -366,14 +379,3 @@ class ChunkStore:
                 self._drop_copy(chunk, entry, level)
             if entry.pending is not None and self._queue is not None:
                 self._queue.give_back(entry.pending)
-
-
-class _Source(NamedTuple):
-    """Keys and values as chunks, ``[batch, num_chunks, num_kv_heads, chunk_tokens, dim]``."""
-
-    keys: Tensor
-    values: Tensor
-
-
-def _split(keys: Tensor, values: Tensor, chunk_tokens: int) -> _Source:
-    return _Source(*(x.unflatten(2, (-1, chunk_tokens)).transpose(1, 2) for x in (keys, values)))

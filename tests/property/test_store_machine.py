@@ -92,6 +92,15 @@ class StoreMachine(RuleBasedStateMachine):
         if set(self.store.table) != self.living():
             self.store.drain()
 
+    def num_duplicates(self) -> int:
+        """Count the second copies on disk, which give way when room is short."""
+        entries = [self.store.table[chunk] for chunk in self.store.table]
+        last = len(self.tiers) - 1
+        return sum(
+            last in entry.slots and len(entry.slots) > 1 and not entry.protect_count
+            for entry in entries
+        )
+
     @rule(batch=st.integers(1, 2), positions=st.integers(1, 6), layer=st.integers(0, 1))
     def put(self, batch: int, positions: int, layer: int) -> None:
         self.put_some(batch, positions, layer)
@@ -102,14 +111,15 @@ class StoreMachine(RuleBasedStateMachine):
         keys = torch.arange(count, dtype=torch.float32).view(shape) + 1000 * self.num_tokens
         values = -keys
         self.settle()
-        known, free = set(self.store.table), sum(tier.num_free for tier in self.tiers)
+        free = sum(tier.num_free for tier in self.tiers) + self.num_duplicates()
         fits = batch * positions <= free
         try:
             columns = self.store.put(layer, self.num_tokens, keys, values)
         except CapacityError:
             # Rows of a position go to one tier together, and protected chunks stay where they are.
             assert not fits or batch > 1 or self.protections
-            assert set(self.store.table) <= known
+            self.settle()
+            assert set(self.store.table) == self.living()
             return
         assert fits
         assert [len(column) for column in columns] == [batch] * positions
@@ -153,6 +163,16 @@ class StoreMachine(RuleBasedStateMachine):
             del self.protections[chunk], self.slots_when_protected[chunk]
         self.store.unprotect([chunk])
 
+    def make_room(self, level: int, kept: ChunkId) -> None:
+        """Drop every reference to one chunk of a full tier."""
+        if self.tiers[level].num_free:
+            return
+        for chunk, count in (+self.references).items():
+            if level in self.store.table[chunk].slots and chunk != kept:
+                self.store.release([chunk] * count)
+                self.references[chunk] = 0
+                return
+
     @precondition(lambda self: +self.references)
     @rule(data=st.data(), level=st.integers(0, 1))
     def promote(self, data: st.DataObject, level: int) -> None:
@@ -160,6 +180,7 @@ class StoreMachine(RuleBasedStateMachine):
         content = page_aligned(LAYOUT.slot_bytes)
         as_chunk(content, LAYOUT).copy_(self.content[chunk])
         self.store.drain()
+        self.make_room(level, chunk)
         before = self.store.level_of(chunk)
         promoted = self.store.promote(chunk, level, content)
         assert self.store.level_of(chunk) == (level if promoted else before)
@@ -173,12 +194,13 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(level=st.integers(0, 1), num_slots=st.integers(0, MEMORY_SLOTS))
     def shrink(self, level: int, num_slots: int) -> None:
         self.settle()
-        room = sum(tier.num_free for tier in self.tiers[level + 1 :])
-        lost = max(0, self.tiers[level].num_slots - num_slots)
+        room = sum(tier.num_free for tier in self.tiers[level + 1 :]) + self.num_duplicates()
+        entries = map(self.store.table.__getitem__, self.store.table)
+        beyond = sum(entry.slots.get(level, -1) >= num_slots for entry in entries)
         try:
             self.store.shrink(level, num_slots)
         except CapacityError:
-            assert room < lost
+            assert room < beyond
 
     @rule()
     def drain(self) -> None:

@@ -153,7 +153,6 @@ UNSUPPORTED: dict[str, Architecture] = {
     "diffllama": Architecture("DiffLlamaConfig"),
     "jetmoe": Architecture("JetMoeConfig", {"kv_channels": 16, **_LOCAL_MOE}),
     "bloom": Architecture("BloomConfig", {"n_head": 4, "n_layer": 3}),
-    "falcon": Architecture("FalconConfig"),
     "mpt": Architecture("MptConfig", {"d_model": 64, "n_heads": 4, "n_layers": 3}),
     "gpt_neox_japanese": Architecture("GPTNeoXJapaneseConfig"),
     "bert": Architecture("BertConfig"),
