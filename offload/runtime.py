@@ -6,6 +6,7 @@ from contextlib import closing
 from torch import Tensor
 
 from offload.engine import Engine
+from offload.errors import CapacityError
 from offload.exact import AttentionCall, PastChunks, attend
 from offload.index.exact import visible_chunks
 from offload.prefetch.plan import LayerPlan, LoadGroup, plan_layer
@@ -58,7 +59,12 @@ class Runtime:
         with self.engine.lock:
             sequence = self.layer(index)
             check_states(keys, values, sequence.tail, index, self.engine.layout.key_dim)
-            return sequence.append(keys, values)
+            try:
+                return sequence.append(keys, values)
+            except CapacityError:
+                # Loads on a wrong guess may be all that keeps some chunks alive.
+                self.engine.stream.drain()
+                return sequence.append(keys, values)
 
     def attend(self, index: int, call: AttentionCall, appended: Appended) -> Tensor:
         """Attend with exact results; see ``offload.exact.attend``."""

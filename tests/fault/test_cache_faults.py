@@ -1,12 +1,9 @@
 """An ``OffloadedCache`` under a real model when something fails: undone, named, usable again."""
 
-import copy
 import errno
 import functools
-import gc
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,121 +11,37 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from offload import (
     CapacityError,
-    ClosedError,
     ConfigError,
     CorruptChunk,
     DiskFull,
-    OffloadedCache,
     StorageError,
     TransferTimeout,
 )
 from offload.tiers.disk import DiskTier
-from tests.support.disk import WAIT_S, FlakyCall, Gate, fail_with
-
-CHUNK_TOKENS = 8
-SLOT_BYTES = 4096
-CAPACITY = {"gpu": 14 * SLOT_BYTES, "cpu": 3 * SLOT_BYTES, "disk": 400 * SLOT_BYTES}
-
-
-@functools.cache
-def make_llama(**changes: Any) -> Any:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        eos_token_id=None,
-        **changes,
-    )
-    torch.manual_seed(1)
-    model = LlamaForCausalLM(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return model
-
-
-def draw_ids(batch: int, num_tokens: int, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 64, (batch, num_tokens), generator=generator)
-
-
-def make_cache(tmp_path: Path, **changes: Any) -> OffloadedCache:
-    arguments: dict[str, Any] = {
-        "tiers": ["gpu", "cpu", "disk"],
-        "capacity": CAPACITY,
-        "disk_path": tmp_path / "disk",
-        "chunk_tokens": CHUNK_TOKENS,
-    }
-    return OffloadedCache(**{**arguments, **changes})
+from tests.support.disk import FlakyCall, Gate, fail_with
+from tests.support.small_caches import (
+    CAPACITY,
+    CHUNK_TOKENS,
+    SLOT_BYTES,
+    check_continues,
+    check_nothing_left,
+    check_sound,
+    decode,
+    draw_ids,
+    expected_tokens,
+    generate,
+    make_cache,
+    plain_after,
+    step,
+)
 
 
 def break_disk(patch: pytest.MonkeyPatch, **calls: Any) -> None:
     """Give the disk tiers of caches made from now on other system calls."""
     patch.setattr("offload.engine.DiskTier", functools.partial(DiskTier, **calls))
-
-
-@torch.no_grad()
-def step(cache: Cache, ids: Tensor) -> Tensor:
-    """Run the model over new tokens; return the logits of the last one."""
-    logits: Tensor = make_llama()(ids, past_key_values=cache).logits
-    return logits[:, -1]
-
-
-def decode(cache: Cache, ids: Tensor) -> None:
-    """Feed tokens one at a time."""
-    for token in ids.split(1, 1):
-        step(cache, token)
-
-
-def generate(cache: Cache, ids: Tensor, num_new: int = 12) -> Tensor:
-    tokens: Tensor = make_llama().generate(
-        ids, past_key_values=cache, max_new_tokens=num_new, do_sample=False
-    )
-    return tokens
-
-
-def expected_tokens(ids: Tensor, num_new: int = 12) -> Tensor:
-    return generate(DynamicCache(), ids, num_new)
-
-
-def check_continues(cache: Cache, plain: Cache, num_new: int = 12) -> None:
-    """Decode greedily with both; the tokens must be the same."""
-    assert cache.get_seq_length() == plain.get_seq_length()
-    batch = cache.batch_size
-    tokens = other = torch.full((batch, 1), 5)
-    for _ in range(num_new):
-        tokens, other = (
-            step(each, ids).argmax(-1, keepdim=True)
-            for each, ids in ((cache, tokens), (plain, other))
-        )
-        assert torch.equal(tokens, other)
-
-
-def plain_after(*pieces: Tensor) -> DynamicCache:
-    """Return transformers' own cache after the same tokens."""
-    plain = DynamicCache()
-    for piece in pieces:
-        step(plain, piece)
-    return plain
-
-
-def check_sound(cache: OffloadedCache, num_tokens: int) -> None:
-    """Every layer has the same length, and the books balance."""
-    assert {cache.get_seq_length(layer) for layer in range(2)} == {num_tokens}
-    cache.check_integrity()
-
-
-def check_nothing_left(folder: Path) -> None:
-    assert [path for path in folder.iterdir() if path.is_dir()] == []
 
 
 @pytest.fixture
@@ -289,35 +202,6 @@ def test_states_that_do_not_continue_the_cache_are_refused(
         check_continues(cache, plain_after(ids))
 
 
-def test_use_after_close_raises_closed_error_and_close_twice_is_fine(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path)
-    step(cache, draw_ids(1, 60))
-    cache.close()
-    cache.close()
-    check_nothing_left(tmp_path / "disk")
-    with pytest.raises(ClosedError, match="closed"):
-        step(cache, draw_ids(1, 1))
-    with pytest.raises(ClosedError):
-        cache.reset()
-    with pytest.raises(ClosedError):
-        copy.deepcopy(cache)
-    assert "OffloadedCache" in repr(cache)
-
-
-def test_unused_cache_leaves_nothing_behind(tmp_path: Path) -> None:
-    make_cache(tmp_path).close()
-    check_nothing_left(tmp_path / "disk")
-
-
-def test_cache_that_nobody_refers_to_is_closed(tmp_path: Path) -> None:
-    # That threads and descriptors are gone as well is checked around every test of this folder.
-    cache = make_cache(tmp_path)
-    step(cache, draw_ids(1, 60))
-    del cache
-    gc.collect()
-    check_nothing_left(tmp_path / "disk")
-
-
 def test_interrupted_step_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = draw_ids(1, 40)
     with make_cache(tmp_path) as cache:
@@ -335,71 +219,3 @@ def test_interrupted_step_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 step(cache, draw_ids(1, 1))
         check_sound(cache, 40)
         check_continues(cache, plain_after(ids))
-
-
-def test_two_caches_on_two_threads_give_the_tokens_they_give_alone(tmp_path: Path) -> None:
-    prompts = [draw_ids(2, 50, seed=5), draw_ids(1, 70, seed=6)]
-    with (
-        ThreadPoolExecutor(2) as executor,
-        make_cache(tmp_path) as first,
-        make_cache(tmp_path) as second,
-    ):
-        running = [
-            executor.submit(generate, cache, ids)
-            for cache, ids in zip([first, second], prompts, strict=True)
-        ]
-        found = [future.result(WAIT_S) for future in running]
-    for tokens, ids in zip(found, prompts, strict=True):
-        assert torch.equal(tokens, expected_tokens(ids))
-
-
-def test_forks_on_two_threads_go_their_own_ways(tmp_path: Path) -> None:
-    shared, capacity = draw_ids(1, 50), {**CAPACITY, "gpu": 24 * SLOT_BYTES}
-    endings = [draw_ids(1, 9, seed=7), draw_ids(1, 20, seed=8)]
-    prompts = [torch.cat([shared, ending], 1) for ending in endings]
-    with make_cache(tmp_path, capacity=capacity) as cache:
-        step(cache, shared)
-        with copy.deepcopy(cache) as fork, ThreadPoolExecutor(2) as executor:
-            running = [
-                executor.submit(generate, branch, ids)
-                for branch, ids in zip([cache, fork], prompts, strict=True)
-            ]
-            found = [future.result(WAIT_S) for future in running]
-        check_sound(cache, prompts[0].shape[1] + 11)
-    for tokens, ids in zip(found, prompts, strict=True):
-        assert torch.equal(tokens, expected_tokens(ids))
-    check_nothing_left(tmp_path / "disk")
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_fork_survives_the_other_one(tmp_path: Path, first: int) -> None:
-    ids, capacity = draw_ids(1, 50), {**CAPACITY, "gpu": 24 * SLOT_BYTES}
-    cache = make_cache(tmp_path, capacity=capacity)
-    step(cache, ids)
-    branches = [cache, copy.deepcopy(cache)]
-    branches.pop(first).close()
-    with branches[0] as left:
-        check_continues(left, plain_after(ids))
-    check_nothing_left(tmp_path / "disk")
-
-
-def test_output_attentions_is_refused(tmp_path: Path) -> None:
-    with make_cache(tmp_path) as cache, pytest.raises(ConfigError, match="output_attentions"):
-        make_llama()(draw_ids(1, 8), past_key_values=cache, output_attentions=True)
-
-
-def test_attention_dropout_in_training_mode_is_refused(tmp_path: Path) -> None:
-    model = make_llama(attention_dropout=0.1)
-    model.train()
-    with make_cache(tmp_path) as cache, pytest.raises(ConfigError, match=r"dropout 0\.1 .*eval"):
-        model(draw_ids(1, 8), past_key_values=cache)
-
-
-def test_forward_that_records_gradients_gives_the_logits_of_dynamic_cache(tmp_path: Path) -> None:
-    ids, plain = draw_ids(1, 60), DynamicCache()
-    model = make_llama()
-    with make_cache(tmp_path) as cache:
-        for piece in (ids[:, :37], ids[:, 37:38], ids[:, 38:]):
-            found = model(piece, past_key_values=cache).logits
-            expected = model(piece, past_key_values=plain).logits
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)

@@ -176,7 +176,8 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: +self.references)
     @rule(data=st.data(), level=st.integers(0, 1))
     def promote(self, data: st.DataObject, level: int) -> None:
-        chunk = self.draw(data, self.references)
+        protected = self.protections & self.references
+        chunk = self.draw(data, protected if protected else self.references)
         content = page_aligned(LAYOUT.slot_bytes)
         as_chunk(content, LAYOUT).copy_(self.content[chunk])
         self.store.drain()

@@ -71,6 +71,7 @@ def refused_by_transformers(architecture: str, attention: str, mode: str) -> boo
     refusing = {
         "tree_mask": _SLIDING,
         "select_rows": _RECURRENT,
+        "select_tuple": _RECURRENT,
         "repeat_rows": _RECURRENT,
         "prompt_lookup": _STATEFUL,
         "assisted": _STATEFUL,

@@ -220,6 +220,8 @@ MODES: dict[str, Mode] = {
     "inputs_embeds": Mode(2, inputs_embeds),
     "reset_and_reuse": Mode(2, reset_and_reuse),
     "select_rows": _edited(3, lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), 2),
+    # Says Tensor, takes whatever can index; transformers' own tests pass a tuple.
+    "select_tuple": _edited(3, lambda cache: cache.batch_select_indices((2, 0)), 2),  # type: ignore[arg-type]
     "repeat_rows": _edited(3, lambda cache: cache.batch_repeat_interleave(2), 6),
     "reorder_rows": _edited(3, lambda cache: cache.reorder_cache(torch.LongTensor([2, 0, 0])), 3),
     "crop": Mode(2, crop_and_continue),

@@ -1,0 +1,127 @@
+"""Caches that are closed, dropped, forked, shared between threads, or asked for the impossible."""
+
+import copy
+import gc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from offload import (
+    ClosedError,
+    ConfigError,
+)
+from tests.support.disk import WAIT_S
+from tests.support.small_caches import (
+    CAPACITY,
+    SLOT_BYTES,
+    check_continues,
+    check_nothing_left,
+    check_sound,
+    draw_ids,
+    expected_tokens,
+    generate,
+    make_cache,
+    make_llama,
+    plain_after,
+    step,
+)
+
+
+def test_use_after_close_raises_closed_error_and_close_twice_is_fine(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path)
+    step(cache, draw_ids(1, 60))
+    cache.close()
+    cache.close()
+    check_nothing_left(tmp_path / "disk")
+    with pytest.raises(ClosedError, match="closed"):
+        step(cache, draw_ids(1, 1))
+    with pytest.raises(ClosedError):
+        cache.reset()
+    with pytest.raises(ClosedError):
+        copy.deepcopy(cache)
+    assert "OffloadedCache" in repr(cache)
+
+
+def test_unused_cache_leaves_nothing_behind(tmp_path: Path) -> None:
+    make_cache(tmp_path).close()
+    check_nothing_left(tmp_path / "disk")
+
+
+def test_cache_that_nobody_refers_to_is_closed(tmp_path: Path) -> None:
+    # That threads and descriptors are gone as well is checked around every test of this folder.
+    cache = make_cache(tmp_path)
+    step(cache, draw_ids(1, 60))
+    del cache
+    gc.collect()
+    check_nothing_left(tmp_path / "disk")
+
+
+def test_two_caches_on_two_threads_give_the_tokens_they_give_alone(tmp_path: Path) -> None:
+    prompts = [draw_ids(2, 50, seed=5), draw_ids(1, 70, seed=6)]
+    with (
+        ThreadPoolExecutor(2) as executor,
+        make_cache(tmp_path) as first,
+        make_cache(tmp_path) as second,
+    ):
+        running = [
+            executor.submit(generate, cache, ids)
+            for cache, ids in zip([first, second], prompts, strict=True)
+        ]
+        found = [future.result(WAIT_S) for future in running]
+    for tokens, ids in zip(found, prompts, strict=True):
+        assert torch.equal(tokens, expected_tokens(ids))
+
+
+def test_forks_on_two_threads_go_their_own_ways(tmp_path: Path) -> None:
+    shared, capacity = draw_ids(1, 50), {**CAPACITY, "gpu": 24 * SLOT_BYTES}
+    endings = [draw_ids(1, 9, seed=7), draw_ids(1, 20, seed=8)]
+    prompts = [torch.cat([shared, ending], 1) for ending in endings]
+    with make_cache(tmp_path, capacity=capacity) as cache:
+        step(cache, shared)
+        with copy.deepcopy(cache) as fork, ThreadPoolExecutor(2) as executor:
+            running = [
+                executor.submit(generate, branch, ids)
+                for branch, ids in zip([cache, fork], prompts, strict=True)
+            ]
+            found = [future.result(WAIT_S) for future in running]
+        check_sound(cache, prompts[0].shape[1] + 11)
+    for tokens, ids in zip(found, prompts, strict=True):
+        assert torch.equal(tokens, expected_tokens(ids))
+    check_nothing_left(tmp_path / "disk")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_fork_survives_the_other_one(tmp_path: Path, first: int) -> None:
+    ids, capacity = draw_ids(1, 50), {**CAPACITY, "gpu": 24 * SLOT_BYTES}
+    cache = make_cache(tmp_path, capacity=capacity)
+    step(cache, ids)
+    branches = [cache, copy.deepcopy(cache)]
+    branches.pop(first).close()
+    with branches[0] as left:
+        check_continues(left, plain_after(ids))
+    check_nothing_left(tmp_path / "disk")
+
+
+def test_output_attentions_is_refused(tmp_path: Path) -> None:
+    with make_cache(tmp_path) as cache, pytest.raises(ConfigError, match="output_attentions"):
+        make_llama()(draw_ids(1, 8), past_key_values=cache, output_attentions=True)
+
+
+def test_attention_dropout_in_training_mode_is_refused(tmp_path: Path) -> None:
+    model = make_llama(attention_dropout=0.1)
+    model.train()
+    with make_cache(tmp_path) as cache, pytest.raises(ConfigError, match=r"dropout 0\.1 .*eval"):
+        model(draw_ids(1, 8), past_key_values=cache)
+
+
+def test_forward_that_records_gradients_gives_the_logits_of_dynamic_cache(tmp_path: Path) -> None:
+    ids, plain = draw_ids(1, 60), DynamicCache()
+    model = make_llama()
+    with make_cache(tmp_path) as cache:
+        for piece in (ids[:, :37], ids[:, 37:38], ids[:, 38:]):
+            found = model(piece, past_key_values=cache).logits
+            expected = model(piece, past_key_values=plain).logits
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
