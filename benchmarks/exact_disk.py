@@ -29,7 +29,7 @@ from offload import OffloadedCache
 DTYPE = torch.bfloat16
 NUM_KV_HEADS, HEAD_DIM = 8, 128
 CAPACITY = {"disk": "16GiB"}
-NUM_THREADS, OP_BYTES = 4, 2 << 20
+NUM_THREADS, OP_BYTES = 8, 1 << 20
 """As the disk tier reads: its threads, and a staging buffer of 8 MiB split among them."""
 STEPS = 4
 """Tokens decoded per round."""

@@ -1,14 +1,32 @@
 """The state of one Hugging Face cache, apart from transformers' own classes."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from offload.engine import Engine, EngineConfig
-from offload.errors import ClosedError
+from offload.errors import ClosedError, ConfigError
 from offload.exact import AttentionCall
 from offload.runtime import Runtime
 from offload.sequence import Appended
 from offload.stats import CacheStats
 from offload.types import ChunkLayout
+
+
+@dataclass(slots=True)
+class _Family:
+    """What a cache and its forks have in common.
+
+    Attributes
+    ----------
+    num_open : int
+        Caches not closed yet; the last one removes the files.
+    engine : Engine or None
+        The tiers, made by the first keys that any of them sees.
+    """
+
+    num_open: int = 1
+    engine: Engine | None = None
 
 
 class CacheCore:
@@ -34,7 +52,7 @@ class CacheCore:
         self._step_tokens = 0
         self._is_closed = False
         self._torn_by: BaseException | None = None
-        self._family = [1]  # open forks, this one included: the last one removes the files
+        self._family = _Family()
 
     def check_open(self) -> None:
         """Raise ClosedError if the cache was closed or torn."""
@@ -107,7 +125,7 @@ class CacheCore:
         copy.can_undo = self.can_undo
         copy.runtime = None if self.runtime is None else self.runtime.fork()
         copy._family = self._family
-        copy._family[0] += 1
+        copy._family.num_open += 1
         return copy
 
     def close(self) -> None:
@@ -119,8 +137,8 @@ class CacheCore:
             if self.runtime is not None:
                 self.runtime.close()
         finally:
-            self._family[0] -= 1
-            if self.config.scratch is not None and self._family[0] == 0:
+            self._family.num_open -= 1
+            if self.config.scratch is not None and self._family.num_open == 0:
                 self.config.scratch.close()
 
     def _open(self, keys: Tensor, values: Tensor) -> Runtime:
@@ -133,7 +151,15 @@ class CacheCore:
                 keys.dtype,
             )
             batch = keys.shape[0]
-            engine = Engine(self.config, layout, batch, self.num_layers, keys.device)
+            engine = self._family.engine
+            if engine is None or not engine.is_in_use:
+                engine = Engine(self.config, layout, batch, self.num_layers, keys.device)
+                self._family.engine = engine
+            elif engine.layout != layout or engine.device != keys.device:
+                raise ConfigError(
+                    f"a fork of this cache holds {engine.layout} on {engine.device} on the tiers "
+                    f"they share, and {layout} on {keys.device} cannot join it; close the fork"
+                )
             self.runtime = Runtime(engine, self.num_layers, batch)
         return self.runtime
 

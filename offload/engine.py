@@ -80,6 +80,15 @@ class Engine:
         self._host_extra_bytes = 0
         self._num_layers = num_layers
         self.tiers = self._build_tiers(sizes, tail_bytes)
+        try:
+            self._open(sizes)
+        except BaseException:
+            for tier in self.tiers:
+                tier.close()
+            raise
+
+    def _open(self, sizes: WorkingSet) -> None:
+        config, layout = self.config, self.layout
         self._write_memory = page_aligned(sizes.num_write_buffers * layout.slot_bytes)
         self.store = ChunkStore(
             self.tiers,
@@ -91,6 +100,11 @@ class Engine:
         )
         self._peaks = [0] * len(self.tiers)
         self._open_staging(sizes)
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether some cache still holds on to the engine."""
+        return self._num_users > 0
 
     @property
     def device_pool(self) -> MemoryTier | None:

@@ -125,12 +125,9 @@ class OffloadedLayer(CacheLayerMixin):
         self._select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor | tuple[Any, ...]) -> None:
-        """Keep the rows at ``indices`` (a tensor of integers or booleans, or an index tuple)."""
-        rows = torch.arange(max(self.batch_size, 0))
-        picked = rows[
-            tuple(_on_host(i) for i in indices) if isinstance(indices, tuple) else _on_host(indices)
-        ]
-        self._select(picked.tolist())
+        """Keep the rows at ``indices`` (integers or booleans, a tensor or a tuple)."""
+        on_host = indices.cpu() if isinstance(indices, Tensor) else indices
+        self._select(torch.arange(max(self.batch_size, 0))[on_host, ...].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""
@@ -181,10 +178,6 @@ class OffloadedHybridLayer(  # type: ignore[misc] # the bases disagree in transf
         """Remove tokens, where the recurrent state allows it."""
         LinearAttentionLayer.crop(self, tokens_to_remove)
         OffloadedLayer.crop(self, tokens_to_remove)
-
-
-def _on_host(index: Any) -> Any:
-    return index.cpu() if isinstance(index, Tensor) else index
 
 
 def offloaded(stock: Any, core: CacheCore, index: int, binder: Binder) -> Any:

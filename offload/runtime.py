@@ -141,7 +141,6 @@ class Runtime:
         self._closed = True
         with self.engine.lock:
             try:
-                self.engine.stream.drain()
                 for sequence in self.layers.values():
                     sequence.close()
             finally:

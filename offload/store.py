@@ -350,6 +350,7 @@ class ChunkStore:
         else:
             assert self._queue is not None
             [buffer] = self._queue.take_buffers(1)
+            settle()  # the content may itself be on its way down from a CUDA device
             buffer.copy_(content, non_blocking=True)
             self._queue.submit([chunk], [buffer])
             self._drop_copy(chunk, entry, level)

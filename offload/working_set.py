@@ -7,6 +7,9 @@ from offload.errors import CapacityError
 _BUFFER_BYTES = 8 << 20
 """A staging buffer large enough for the disk to reach its bandwidth (measured: flat from 2 MiB)."""
 
+_NUM_BUFFERS = 4
+"""One is attended while the others load; with three the disk's queue ran dry now and then."""
+
 _WRITE_BYTES = 16 << 20
 """Write buffers: two bursts of 8 MiB."""
 
@@ -53,10 +56,10 @@ def plan_working_set(
         The device capacity cannot hold the tails and two staging buffers, or the host capacity not
         two write buffers.
     """
-    buffers, chunks = 3, max(batch, _BUFFER_BYTES // slot_bytes)
+    buffers, chunks = _NUM_BUFFERS, max(batch, _BUFFER_BYTES // slot_bytes)
     if device_capacity_bytes is not None:
         spare = device_capacity_bytes - tail_bytes
-        share = min(_BUFFER_BYTES, device_capacity_bytes // 8, spare // 4)
+        share = min(_BUFFER_BYTES, device_capacity_bytes // 12, spare // 5)
         chunks = max(batch, share // slot_bytes)
         if spare < buffers * chunks * slot_bytes:
             buffers, chunks = 2, batch

@@ -66,7 +66,7 @@ class DiskTier(Tier):
         capacity_bytes: int,
         layout: ChunkLayout,
         fingerprint: bytes = b"",
-        num_threads: int = 4,
+        num_threads: int = 8,
         segment_bytes: int = 1 << 30,
         deadline_s: float = 60.0,
         preadv: VectoredCall = os.preadv,
