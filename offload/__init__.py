@@ -42,6 +42,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # transformers takes seconds to import; whoever wants sizes or errors should not wait for it.
     if name == "OffloadedCache":
+        from offload import _compat  # noqa: F401 - refuses transformers it cannot work with
         from offload.cache import OffloadedCache
 
         return OffloadedCache

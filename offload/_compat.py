@@ -20,5 +20,15 @@ if Version(OLDEST).release > VERSION:
 CROP_IS_RELATIVE = VERSION >= (5, 18)
 """Whether ``Cache.crop(n)`` only takes ``-tokens_to_remove``; before, ``n > 0`` was a length."""
 
-CACHES_LATENTS = VERSION >= (5, 18)
+CACHES_LATENTS = VERSION >= (5, 17)
 """Whether MLA models hand compressed latents to the cache and expand them after ``update``."""
+
+
+def collects_attentions() -> bool:
+    """Whether the running forward pass records attention weights (``output_attentions=True``)."""
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:  # older releases say so in the keyword arguments only
+        return False
+    collected = _active_collector.get()
+    return collected is not None and "attentions" in collected

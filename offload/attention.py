@@ -9,19 +9,20 @@ cache, or training never reach our code beyond one attribute look-up.
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
+from offload import weights
 from offload.errors import ConfigError
 from offload.exact import AttentionCall
 from offload.handle import Handle, find_handle
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
-_UNSUPPORTED = ("position_bias", "output_attentions", "head_mask")
+_UNSUPPORTED = ("position_bias", "head_mask")
 _lock = threading.Lock()
 
 
@@ -53,14 +54,28 @@ def dispatcher(original: AttentionFunction) -> AttentionFunction:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        handle = find_handle(module, query, key)
+        handle = find_handle(module, query, key, value)
         if handle is None:
             return original(module, query, key, value, attention_mask, **kwargs)
+        if _is_padding(attention_mask):
+            attention_mask = attention_mask[:, 0, 0]
+        if weights.are_wanted(module, kwargs):
+            return weights.attend(handle, original, module, query, attention_mask, kwargs)
         if handle.core.latent_dims is not None:
             handle = handle.expanded(key, value)
         return _attend(handle, module, query, attention_mask, kwargs), None
 
     return attention
+
+
+def _is_padding(mask: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a mask says nothing about single queries, as those of ``offload.masks`` do."""
+    return (
+        mask is not None
+        and mask.ndim == 4
+        and mask.dtype == torch.bool
+        and mask.shape[1:3] == (1, 1)
+    )
 
 
 @torch.compiler.disable

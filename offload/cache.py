@@ -95,7 +95,7 @@ class OffloadedCache(Cache):
         self._core.can_undo = ours == len(layers)
         self._core.latent_dims = latent_dims(text_config)
         if self._records_past:
-            super().activate_past_recording()  # type: ignore[no-untyped-call]
+            self.activate_past_recording()
 
     def update(
         self,
@@ -122,14 +122,15 @@ class OffloadedCache(Cache):
     def activate_past_recording(self) -> None:
         """Make layers of bounded size keep what ``crop`` may want back (assisted decoding)."""
         self._records_past = True  # generate asks before the first forward tells the layers
-        super().activate_past_recording()  # type: ignore[no-untyped-call]
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
 
     def reset(self) -> None:
         """Forget every token; tiers, capacities and the disk folder stay."""
         self._core.reset()
         for layer in self.layers:
-            if not isinstance(layer, OffloadedLayer):
-                layer.reset()
+            layer.reset()
 
     def stats(self) -> CacheStats:
         """Return bytes per tier, what moved, and how long the model waited."""
@@ -172,10 +173,10 @@ class OffloadedCache(Cache):
         fork = type(self).__new__(type(self))
         fork._adopt(self._core.fork(), [])
         fork._bound, fork._records_past = self._bound, self._records_past
-        for i, layer in enumerate(self.layers):
+        for layer in self.layers:
             ours = isinstance(layer, OffloadedLayer)
             fork.layers.append(
-                OffloadedLayer(fork._core, i, fork) if ours else copy.deepcopy(layer, memo)
+                layer.fork(fork._core, fork, memo) if ours else copy.deepcopy(layer, memo)
             )
         return fork
 

@@ -93,6 +93,12 @@ class CacheCore:
             self._undo(error)
             raise
 
+    def read_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return all keys and values of one layer; see ``LayerSequence.read_all``."""
+        self.check_open()
+        assert self.runtime is not None
+        return self.runtime.read_layer(layer)
+
     def num_tokens(self, layer: int) -> int:
         """Return the tokens per row that a layer holds."""
         if self.runtime is None or layer not in self.runtime.layers:

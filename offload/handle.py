@@ -77,21 +77,21 @@ def leave_latents(handle: Handle, returned: Tensor) -> None:
     _latents.returned = weakref.ref(returned)
 
 
-def find_handle(module: Any, query: Tensor, key: Tensor) -> Handle | None:
+def find_handle(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Handle | None:
     """Return the handle behind the keys of an attention call; None if they are plain tensors.
 
     Raises
     ------
     RuntimeError
-        The keys are a stand-in that lost its handle: the model edits them after ``update``.
+        One of them is a stand-in that lost its handle: the model edits it after ``update``.
     """
     handle: Handle | None = getattr(key, _ATTRIBUTE, None)
-    if handle is not None:
+    if handle is not None and getattr(value, _ATTRIBUTE, None) is handle:
         return handle
-    if key.is_meta and not query.is_meta:
+    if (key.is_meta or value.is_meta) and not query.is_meta:
         raise RuntimeError(
-            f"{type(module).__name__} changes keys after Cache.update, which OffloadedCache cannot "
-            "follow; use DynamicCache(offloading=True) with this model"
+            f"{type(module).__name__} changes keys or values after Cache.update, which "
+            "OffloadedCache cannot follow; use DynamicCache(offloading=True) with this model"
         )
     handle, returned = _latents.handle, _latents.returned
     if handle is None or not hasattr(module, "expand_kv"):

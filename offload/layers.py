@@ -4,11 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    CacheLayerMixin,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import CacheLayerMixin
 
 from offload import _compat
 from offload.core import CacheCore
@@ -106,12 +102,16 @@ class OffloadedLayer(CacheLayerMixin):
         """Forget every token, in all offloaded layers of the cache: they share their tiers."""
         self._core.reset()
 
+    def fork(self, core: CacheCore, binder: Binder, memo: dict[int, Any]) -> "OffloadedLayer":
+        """Return this layer for a forked core."""
+        return OffloadedLayer(core, self._index, binder)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens.
 
         A positive number was the length to keep before transformers 5.18, and is refused since.
         """
-        length = self.get_seq_length()
+        tokens_to_remove, length = int(tokens_to_remove), self.get_seq_length()
         if tokens_to_remove > 0 and _compat.CROP_IS_RELATIVE:
             raise ValueError(
                 f"crop({tokens_to_remove}): pass a negative number of tokens to remove"
@@ -143,43 +143,6 @@ class OffloadedLayer(CacheLayerMixin):
         return self._core.runtime.read_layer(self._index)[part]
 
 
-class OffloadedHybridLayer(  # type: ignore[misc] # the bases disagree in transformers too
-    OffloadedLayer, LinearAttentionAndFullAttentionLayer
-):
-    """A layer with both full attention and a recurrent state, which stays on the device.
-
-    Parameters
-    ----------
-    core, index, binder
-        As for ``OffloadedLayer``.
-    number_of_states : int
-    """
-
-    def __init__(self, core: CacheCore, index: int, binder: Binder, number_of_states: int) -> None:
-        OffloadedLayer.__init__(self, core, index, binder)
-        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Initialise the recurrent state; the attention part needs nothing."""
-        if kwargs:
-            LinearAttentionLayer.lazy_initialization(self, **kwargs)
-
-    def reset(self) -> None:
-        """Forget every token and the recurrent state."""
-        LinearAttentionLayer.reset(self)
-        OffloadedLayer.reset(self)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row ``i`` a copy of row ``beam_idx[i]``."""
-        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
-        OffloadedLayer.reorder_cache(self, beam_idx)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove tokens, where the recurrent state allows it."""
-        LinearAttentionLayer.crop(self, tokens_to_remove)
-        OffloadedLayer.crop(self, tokens_to_remove)
-
-
 def offloaded(stock: Any, core: CacheCore, index: int, binder: Binder) -> Any:
     """Return the layer to use where transformers' own cache would use ``stock``.
 
@@ -194,6 +157,8 @@ def offloaded(stock: Any, core: CacheCore, index: int, binder: Binder) -> Any:
     if kind == "DynamicLayer":
         return OffloadedLayer(core, index, binder)
     if kind == "LinearAttentionAndFullAttentionLayer":
+        from offload.hybrid import OffloadedHybridLayer  # transformers 5.4 has no such layer
+
         return OffloadedHybridLayer(core, index, binder, stock.number_of_states)
     if getattr(stock, "is_sliding", False) or kind in ("LinearAttentionLayer", "DummyLayer"):
         return stock

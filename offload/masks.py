@@ -71,7 +71,9 @@ def _is_plain_causal(kwargs: dict[str, Any]) -> bool:
 
 
 def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """Return the padding ``[batch, length]`` as bool, or None if nothing is padded.
+    """Return the padding ``[batch, 1, 1, length]`` as bool, or None if nothing is padded.
+
+    Four dimensions, because some models cut the rows of their last queries out of a mask.
 
     A mask that is too short hides the newest tokens, as it does in transformers' own masks.
     """
@@ -79,4 +81,4 @@ def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
         return None
     padding = attention_mask[:, -length:].bool()
     padding = pad(padding, (0, length - padding.shape[1]))
-    return None if bool(padding.all()) else padding
+    return None if bool(padding.all()) else padding[:, None, None, :]

@@ -61,7 +61,7 @@ def plan_working_set(
         spare = device_capacity_bytes - tail_bytes
         share = min(_BUFFER_BYTES, device_capacity_bytes // 12, spare // 5)
         chunks = max(batch, share // slot_bytes)
-        if spare < buffers * chunks * slot_bytes:
+        if spare < 2 * buffers * chunks * slot_bytes:  # the pool deserves as much
             buffers, chunks = 2, batch
         needed = tail_bytes + buffers * chunks * slot_bytes
         if needed > device_capacity_bytes:

@@ -105,9 +105,18 @@ def test_fork_survives_the_other_one(tmp_path: Path, first: int) -> None:
     check_nothing_left(tmp_path / "disk")
 
 
-def test_output_attentions_is_refused(tmp_path: Path) -> None:
-    with make_cache(tmp_path) as cache, pytest.raises(ConfigError, match="output_attentions"):
-        make_llama()(draw_ids(1, 8), past_key_values=cache, output_attentions=True)
+def test_attention_weights_are_those_of_dynamic_cache_under_eager(tmp_path: Path) -> None:
+    model, ids, plain = make_llama(attn_implementation="eager"), draw_ids(2, 60), DynamicCache()
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    with make_cache(tmp_path) as cache, torch.no_grad():
+        for start, stop in ((0, 50), (50, 60)):
+            piece = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
+            ours = model(**piece, past_key_values=cache, output_attentions=True)
+            stock = model(**piece, past_key_values=plain, output_attentions=True)
+            for found, expected in zip(ours.attentions, stock.attentions, strict=True):
+                seen = mask[:, start:stop].bool()[:, None].expand(-1, found.shape[1], -1)
+                torch.testing.assert_close(found[seen], expected[seen], atol=1e-6, rtol=0)
 
 
 def test_attention_dropout_in_training_mode_is_refused(tmp_path: Path) -> None:

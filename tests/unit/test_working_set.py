@@ -55,7 +55,7 @@ def test_host_below_two_write_buffers_raises_with_the_numbers() -> None:
 @pytest.mark.parametrize("device", [None, 1 << 34], ids=["no_device_tier", "large_device"])
 def test_buffers_with_room_enough_are_large_enough_for_the_disk(device: int | None) -> None:
     sizes = plan_working_set(device, None, MIB // 4, MIB, batch=2)
-    assert (sizes.num_buffers, sizes.buffer_chunks) == (3, 32)
+    assert (sizes.num_buffers, sizes.buffer_chunks) == (4, 32)
     assert sizes.num_write_buffers == 64
 
 
