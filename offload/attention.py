@@ -94,7 +94,10 @@ def _attend(
             f"attention dropout {kwargs['dropout']} is on: OffloadedCache is for inference; "
             "call model.eval()"
         )
-    if kwargs.get("is_causal") is False and query.shape[2] > 1 and mask is None:
+    is_causal = kwargs.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if not is_causal and query.shape[2] > 1 and (mask is None or mask.ndim == 2):
         raise ConfigError("OffloadedCache does not support bidirectional attention")
     scale = kwargs.get("scaling")
     call = AttentionCall(

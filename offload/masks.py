@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
+from offload.errors import ConfigError
+
 _lock = threading.Lock()
 
 
@@ -53,6 +55,10 @@ def _dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(length, MaskLength):
             return original(*args, **kwargs)
         length.cache.bind(kwargs.get("config"))
+        if "allow_is_bidirectional_skip" in kwargs:
+            raise ConfigError(
+                "the model attends bidirectionally, which OffloadedCache does not; use DynamicCache"
+            )
         if _is_plain_causal(kwargs):
             return _padding(kwargs.get("attention_mask"), length)
         return original(*args, **{**kwargs, "kv_length": int(length)})
