@@ -20,7 +20,7 @@ if Version(OLDEST).release > VERSION:
 CROP_IS_RELATIVE = VERSION >= (5, 18)
 """Whether ``Cache.crop(n)`` only takes ``-tokens_to_remove``; before, ``n > 0`` was a length."""
 
-CACHES_LATENTS = VERSION >= (5, 17)
+CACHES_LATENTS = VERSION >= (5, 15)
 """Whether MLA models hand compressed latents to the cache and expand them after ``update``."""
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[1]
-_VERSIONS = ("5.4.0", "5.6.*", "5.10.*", "5.14.*", "5.17.0", "5.18.0", "5.23.0")
+_VERSIONS = ("5.4.0", "5.6.*", "5.10.*", "5.14.*", "5.15.*", "5.17.0", "5.18.0", "5.23.0")
 _REFUSED = "5.3.0"
 _ARCHITECTURES = ("llama", "gemma3", "qwen3_next", "deepseek_v3")
 _MODES = ("greedy", "beams", "padded", "prompt_lookup", "three_turns", "prefix_forks", "crop")
