@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from offload.types import ChunkLayout
+from offload.tiers.pool import SlotPool, grid_view
+from offload.types import ChunkLayout, SlotId
 
 
 class ChunkSource(NamedTuple):
@@ -20,6 +21,16 @@ class ChunkSource(NamedTuple):
     def fill(self, target: Tensor, layout: ChunkLayout) -> None:
         """Write all chunks to ``[batch, num_chunks, *layout.shape]``."""
         _fill(target, self.keys, self.values, layout)
+
+    def fill_slots(self, pool: SlotPool, slots: list[SlotId], layout: ChunkLayout) -> None:
+        """Write all chunks into slots, position by position and then row by row."""
+        batch, count = self.keys.shape[:2]
+        if slots[-1] - slots[0] == len(slots) - 1:
+            grid = grid_view(pool.slab, slots[0], (1, batch), (batch, count), layout)
+            self.fill(grid, layout)
+            return
+        for i, slot in enumerate(slots):
+            self.fill_one(pool.chunk(slot, layout), i, layout)
 
     def fill_one(self, target: Tensor, index: int, layout: ChunkLayout) -> None:
         """Write the chunk with this index, position by position and then row by row."""

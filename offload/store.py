@@ -5,6 +5,7 @@ from itertools import product
 
 from torch import Tensor
 
+from offload.chunk_reader import start_read
 from offload.errors import CapacityError, OffloadError
 from offload.source import ChunkSource, split
 from offload.stats import Counters
@@ -12,8 +13,8 @@ from offload.table import ChunkTable, Entry
 from offload.tiers.base import Tier
 from offload.tiers.eviction import EvictionPolicy
 from offload.tiers.memory import MemoryTier
-from offload.tiers.pool import as_chunk, grid_view, page_aligned
-from offload.types import ChunkId, ChunkLayout, SlotId
+from offload.tiers.pool import as_chunk, page_aligned
+from offload.types import ChunkId, ChunkInfo, ChunkLayout, SlotId
 from offload.write_queue import WriteQueue, settle
 
 
@@ -120,6 +121,30 @@ class ChunkStore:
             raise
         return placed
 
+    def adopt(self, info: ChunkInfo, slot: SlotId) -> ChunkId:
+        """Return a new chunk, with one reference, whose record the disk tier has adopted.
+
+        Parameters
+        ----------
+        info : ChunkInfo
+            What the record says.
+        slot : SlotId
+        """
+        chunk = self.table.create(info.layer, info.first_token, info.chunk_id)
+        self._arrive(chunk, len(self.tiers) - 1, slot)
+        return chunk
+
+    def adopt_copy(self, chunk: ChunkId, info: ChunkInfo, slot: SlotId) -> None:
+        """Exchange the disk copy of a chunk for a record that the disk tier has adopted.
+
+        Nothing happens if the chunk has no copy there, or a transfer uses it now.
+        """
+        entry, disk = self.table[chunk], len(self.tiers) - 1
+        if disk in entry.slots and not entry.protect_count:
+            self._drop_copy(chunk, entry, disk)
+            entry.info = info
+            self._arrive(chunk, disk, slot)
+
     def release(self, chunks: Iterable[ChunkId]) -> None:
         """Drop one reference from each chunk; free those that nobody needs."""
         self._bury(self.table.release(chunks))
@@ -136,15 +161,8 @@ class ChunkStore:
 
     def read_chunk(self, chunk: ChunkId) -> Tensor:
         """Return a copy of one chunk, ``[num_kv_heads, chunk_tokens, row_dim]``, on the host."""
-        entry, out = self.table[chunk], page_aligned(self.layout.slot_bytes)
-        if entry.pending is not None:
-            out.copy_(entry.pending)
-        else:
-            level = self.level_of(chunk)
-            tier = self.tiers[level]
-            settle()  # a copy from the device into host memory may still be on its way
-            tier.read([entry.slots[level]], [entry.info], [out]).wait(self.deadline_s)
-            settle()
+        out = page_aligned(self.layout.slot_bytes)
+        start_read(self.tiers, self.table, [chunk], [out]).wait(self.deadline_s)
         return as_chunk(out, self.layout)
 
     def level_of(self, chunk: ChunkId) -> int:
@@ -253,7 +271,10 @@ class ChunkStore:
         return [
             chunk
             for chunk, entry in entries
-            if last in entry.slots and len(entry.slots) > 1 and not entry.protect_count
+            if len(entry.slots) > 1
+            and not entry.protect_count
+            and last in entry.slots
+            and self.tiers[last].is_own(entry.slots[last])
         ]
 
     def _positions_with_room(
@@ -288,7 +309,7 @@ class ChunkStore:
         tier = self.tiers[level]
         if isinstance(tier, MemoryTier):
             slots = tier.allocate(len(flat), stream=layer)
-            self._fill_slots(tier, slots, source)
+            source.fill_slots(tier.pool, slots, self.layout)
             self.counters.add_stored(tier.name, len(slots) * tier.slot_bytes)
             for chunk, slot in zip(flat, slots, strict=True):
                 self._arrive(chunk, level, slot)
@@ -299,15 +320,6 @@ class ChunkStore:
             self._bury_unplaced(flat)
             raise
         return ids
-
-    def _fill_slots(self, tier: MemoryTier, slots: list[SlotId], source: ChunkSource) -> None:
-        batch, count = source.keys.shape[:2]
-        if slots[-1] - slots[0] == len(slots) - 1:
-            grid = grid_view(tier.pool.slab, slots[0], (1, batch), (batch, count), self.layout)
-            source.fill(grid, self.layout)
-            return
-        for i, slot in enumerate(slots):
-            source.fill_one(tier.pool.chunk(slot, self.layout), i, self.layout)
 
     def _write_behind(self, chunks: list[ChunkId], source: ChunkSource) -> None:
         assert self._queue is not None

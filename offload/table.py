@@ -57,11 +57,15 @@ class ChunkTable:
     def __iter__(self) -> Iterator[ChunkId]:
         return iter(self._entries)
 
-    def create(self, layer: int, first_token: int) -> ChunkId:
-        """Register a new chunk with one reference and no copy yet."""
+    def create(self, layer: int, first_token: int, record_id: int | None = None) -> ChunkId:
+        """Register a new chunk with one reference and no copy yet.
+
+        ``record_id`` is the identity in a record that exists already; else the chunk's own.
+        """
         chunk = ChunkId(self._next)
         self._next += 1
-        self._entries[chunk] = Entry(ChunkInfo(chunk, layer, first_token))
+        identity = chunk if record_id is None else record_id
+        self._entries[chunk] = Entry(ChunkInfo(identity, layer, first_token))
         return chunk
 
     def share(self, chunks: Iterable[ChunkId]) -> None:

@@ -72,6 +72,10 @@ class Tier(ABC):
         """
         return self.num_free
 
+    def is_own(self, slot: SlotId) -> bool:
+        """Whether freeing a slot makes room; a tier may lend records that belong to others."""
+        return True
+
     @abstractmethod
     def free(self, slots: Collection[SlotId]) -> None:
         """Give slots back. Their content is gone."""

@@ -16,7 +16,7 @@ from offload.tiers.io_engine import IoEngine, Job
 from offload.tiers.io_plan import Operation
 from offload.tiers.record import RecordFormat
 from offload.tiers.record_io import RecordIo
-from offload.tiers.segment import SegmentTable
+from offload.tiers.segment import SegmentTable, locate, slot_at
 from offload.tiers.segment_files import SegmentFiles
 from offload.tiers.syscalls import VectoredCall
 from offload.tiers.transfer import FutureTransfer, Transfer
@@ -33,6 +33,9 @@ class DiskTier(Tier):
 
     Page-aligned buffers bypass the page cache (``O_DIRECT``) where the file system allows it;
     others go through it. Nothing is synced to the device: records live as long as the tier.
+
+    Records of other files can be adopted: they are read and verified like the tier's own, count
+    for nothing in its capacity, and are never changed.
 
     Parameters
     ----------
@@ -81,9 +84,13 @@ class DiskTier(Tier):
         per_segment = max(1, segment_bytes // self.record_bytes)
         self._table = SegmentTable(capacity_bytes // self.record_bytes, per_segment)
         self._files = SegmentFiles(directory)
-        self._io = RecordIo(self._files, fmt, preadv, pwritev)
+        self._calls = (preadv, pwritev)
+        self._io = RecordIo(self._files, fmt, *self._calls)
         self._lock = threading.Lock()
         self._written: set[SlotId] = set()
+        self._adopted_files: dict[Path, int] = {}
+        self._adopted_io: dict[int, RecordIo] = {}
+        self._suspects: list[tuple[Path, int]] = []
         self._closed = False
         self._engine = IoEngine(num_threads, deadline_s=deadline_s)
 
@@ -130,7 +137,7 @@ class DiskTier(Tier):
             if self._closed:
                 return  # close gave everything back
             self._written.difference_update(slots)
-            freed = self._table.free(slots)
+            freed = self._table.free([slot for slot in slots if self.is_own(slot)])
             for hole in freed.holes:
                 offset = hole.first * self.record_bytes
                 num_bytes = hole.num_records * self.record_bytes
@@ -139,12 +146,57 @@ class DiskTier(Tier):
             for segment in freed.dead_segments:
                 self._files.unlink(segment)
 
+    def adopt(self, path: Path, fingerprint: bytes, indexes: Sequence[int]) -> list[SlotId]:
+        """Return slots for records of a file of somebody else, to be read until they are freed.
+
+        Parameters
+        ----------
+        path : Path
+            A file of records, without holes in front, of this tier's layout.
+        fingerprint : bytes
+            What these records carry.
+        indexes : sequence of int
+            Record *i* starts at byte ``i * record_bytes``.
+        """
+        with self._lock:
+            self._check_open()
+            number = self._adopted_files.get(path)
+            if number is None:
+                number = self._table.reserve_number()
+                self._adopted_files[path] = number
+                fmt = RecordFormat(self.layout, fingerprint)
+                self._adopted_io[number] = RecordIo(self._files, fmt, *self._calls)
+                self._files.adopt(number, path)
+            slots = [slot_at(number, index) for index in indexes]
+            self._written.update(slots)
+            return slots
+
+    def is_own(self, slot: SlotId) -> bool:
+        """Whether freeing a slot makes room, which that of an adopted record does not."""
+        return locate(slot)[0] not in self._adopted_io
+
+    def place_of(self, slot: SlotId) -> tuple[Path, int, int]:
+        """Return the file of a slot, and the offset and number of its record's bytes there."""
+        segment, index = locate(slot)
+        return self._files.path(segment), index * self.record_bytes, self.record_bytes
+
+    def take_suspects(self) -> list[tuple[Path, int]]:
+        """Return the file and index of adopted records in reads that met corruption, once.
+
+        A read joins neighbours, and the ones beside the damaged record are named as well.
+        """
+        with self._lock:
+            suspects, self._suspects = self._suspects, []
+            return suspects
+
     def read(
         self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], out: Sequence[Tensor]
     ) -> Transfer:
         """Read and verify whole records; see ``Tier``."""
         _check_buffers(slots, infos, out, self.slot_bytes)
-        jobs: list[Job] = [partial(self._io.read, op, infos, out) for op in self._plan(slots)]
+        jobs: list[Job] = [
+            partial(self._read_op, op, slots, infos, out) for op in self._plan(slots)
+        ]
         return self._start_read("read", slots, infos, self.slot_bytes, jobs)
 
     def read_heads(
@@ -182,7 +234,7 @@ class DiskTier(Tier):
         num_bytes = (stop - first) * self._head_bytes
         _check_buffers(slots, infos, out, num_bytes)
         jobs: list[Job] = [
-            partial(self._io.read_heads, self._table.locate(slot), info, first, target)
+            partial(self._io_of(locate(slot)[0]).read_heads, locate(slot), info, first, target)
             for slot, info, target in zip(slots, infos, out, strict=True)
         ]
         return self._start_read(f"read of heads {first}:{stop}", slots, infos, num_bytes, jobs)
@@ -208,7 +260,7 @@ class DiskTier(Tier):
         """Raise AssertionError if the invariant does not hold."""
         with self._lock:
             self._table.check_integrity()
-            assert all(self._table.holds(slot) for slot in self._written)
+            assert all(self._table.holds(slot) for slot in self._written if self.is_own(slot))
             assert self.used_bytes <= self.capacity_bytes
 
     def close(self) -> None:
@@ -236,8 +288,31 @@ class DiskTier(Tier):
             raise ClosedError("the disk tier is closed")
 
     def _plan(self, slots: Sequence[SlotId]) -> list[Operation]:
-        places = [self._table.locate(slot) for slot in slots]
+        places = [locate(slot) for slot in slots]
         return self._io.plan(places, self._engine.num_threads)
+
+    def _io_of(self, segment: int) -> RecordIo:
+        return self._adopted_io.get(segment, self._io)
+
+    def _read_op(
+        self,
+        op: Operation,
+        slots: Sequence[SlotId],
+        infos: Sequence[ChunkInfo],
+        out: Sequence[Tensor],
+        scratch: memoryview,
+    ) -> None:
+        adopted = self._adopted_io.get(op.segment)
+        if adopted is None:
+            self._io.read(op, infos, out, scratch)
+            return
+        try:
+            adopted.read(op, infos, out, scratch)
+        except CorruptChunk:
+            path = self._files.path(op.segment)
+            with self._lock:
+                self._suspects += [(path, locate(slots[member])[1]) for member in op.members]
+            raise
 
     def _write_and_publish(
         self,

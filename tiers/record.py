@@ -143,6 +143,40 @@ def pack_header(fmt: RecordFormat, info: ChunkInfo, digests: tuple[int, ...]) ->
     return bytes(page)
 
 
+def parse_header(header: memoryview) -> tuple[RecordFormat, ChunkInfo, tuple[int, ...]]:
+    """Return what a header page says of itself, for a reader that does not know what to expect.
+
+    Returns
+    -------
+    fmt : RecordFormat
+    info : ChunkInfo
+    digests : tuple of int
+        Checksums of the KV heads.
+
+    Raises
+    ------
+    CorruptChunk
+        The page is damaged, or of a version, codec or dtype that this code does not know.
+    """
+    unknown = ChunkInfo(0, 0, 0)
+    found = _FIELDS.unpack_from(_check_page(header, unknown))
+    magic, version, codec, dtype, heads, tokens, key_dim, value_dim = found[:8]
+    layer, first_token, chunk_id, fingerprint, payload_bytes, num_digests = found[8:]
+    dtypes = {code: name for name, code in _DTYPE_CODES.items()}
+    if (magic, version, codec) != (MAGIC, FORMAT_VERSION, CODEC_RAW) or dtype not in dtypes:
+        raise CorruptChunk(
+            f"a record with magic {magic!r}, version {version}, codec {codec}, dtype {dtype}; "
+            f"this code reads {MAGIC!r}, version {FORMAT_VERSION}, codec {CODEC_RAW}"
+        )
+    if num_digests != heads or not 0 < heads <= MAX_HEADS or not tokens:
+        raise CorruptChunk(f"a record of {heads} KV heads with {num_digests} checksums")
+    fmt = RecordFormat(ChunkLayout(heads, tokens, key_dim, value_dim, dtypes[dtype]), fingerprint)
+    if payload_bytes != fmt.payload_bytes:
+        raise CorruptChunk(f"a record of {payload_bytes} bytes for {fmt.layout}")
+    digests = struct.unpack_from(f"<{heads}Q", header, _DIGESTS_OFFSET)
+    return fmt, ChunkInfo(chunk_id, layer, first_token), digests
+
+
 def check_header(header: memoryview, fmt: RecordFormat, info: ChunkInfo) -> tuple[int, ...]:
     """Verify a header page and return the checksums of the KV heads.
 
@@ -151,16 +185,7 @@ def check_header(header: memoryview, fmt: RecordFormat, info: ChunkInfo) -> tupl
     CorruptChunk
         The page is damaged, or describes another chunk, model or format.
     """
-    if len(header) != PAGE_BYTES:
-        raise CorruptChunk(f"{_name(info)}: header has {len(header)} bytes, not {PAGE_BYTES}")
-    found = _FIELDS.unpack_from(header)
-    [stored] = _DIGEST.unpack_from(header, _SELF_OFFSET)
-    own = xxhash.xxh3_64_intdigest(header[:_SELF_OFFSET])
-    if own != stored:
-        raise CorruptChunk(
-            f"{_name(info)}: header checksum is {own:016x}, the record says {stored:016x} "
-            f"(magic {found[0]!r})"
-        )
+    found = _FIELDS.unpack_from(_check_page(header, info))
     expected = _fields(fmt, info)
     if found != expected:
         name, want, got = next(
@@ -228,6 +253,20 @@ def verify(header: memoryview, payload: memoryview, fmt: RecordFormat, info: Chu
     """
     digests = check_header(header, fmt, info)
     check_heads(payload[: fmt.payload_bytes], fmt, info, digests)
+
+
+def _check_page(header: memoryview, info: ChunkInfo) -> memoryview:
+    """Return the header page if its own checksum is right."""
+    if len(header) != PAGE_BYTES:
+        raise CorruptChunk(f"{_name(info)}: header has {len(header)} bytes, not {PAGE_BYTES}")
+    [stored] = _DIGEST.unpack_from(header, _SELF_OFFSET)
+    own = xxhash.xxh3_64_intdigest(header[:_SELF_OFFSET])
+    if own != stored:
+        raise CorruptChunk(
+            f"{_name(info)}: header checksum is {own:016x}, the record says {stored:016x} "
+            f"(magic {bytes(header[: len(MAGIC)])!r})"
+        )
+    return header
 
 
 def _fields(fmt: RecordFormat, info: ChunkInfo) -> tuple[bytes | int, ...]:

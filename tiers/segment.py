@@ -7,6 +7,9 @@ from typing import NamedTuple
 from offload.errors import CapacityError
 from offload.types import SlotId
 
+INDEX_BITS = 32
+"""A slot is a segment's number, shifted by so many bits, plus the record's index in it."""
+
 
 class Hole(NamedTuple):
     """A run of dead records inside a living segment."""
@@ -35,12 +38,13 @@ class _Segment:
 class SegmentTable:
     """Which positions of which segments hold records.
 
-    A slot is a position: segment number times ``records_per_segment``, plus the index in the
-    segment. Positions are handed out in order within a stream's open segment and never twice, so a
-    stale slot can never name another chunk's record.
+    A slot is a position: the segment's number and the index in it, see ``INDEX_BITS``. Positions
+    are handed out in order within a stream's open segment and never twice, so a stale slot can
+    never name another chunk's record.
 
     Invariant: ``num_used`` counts every record whose space is not given back, and never exceeds
-    ``num_slots``. Not thread-safe.
+    ``num_slots``; numbers given to segments of others (``reserve_number``) count for nothing. Not
+    thread-safe.
 
     Parameters
     ----------
@@ -71,18 +75,19 @@ class SegmentTable:
             segment.num_appended = min(self.records_per_segment, first + n - len(slots))
             indexes = range(first, segment.num_appended)
             segment.live.update(indexes)
-            base = number * self.records_per_segment
-            slots += [SlotId(base + index) for index in indexes]
+            slots += [slot_at(number, index) for index in indexes]
         return slots
+
+    def reserve_number(self) -> int:
+        """Return a segment number that will never be handed out, for a segment of somebody else."""
+        number = self._next_segment
+        self._next_segment += 1
+        return number
 
     def holds(self, slot: SlotId) -> bool:
         """Return whether a slot was allocated and not freed."""
-        number, index = self.locate(slot)
+        number, index = locate(slot)
         return number in self._segments and index in self._segments[number].live
-
-    def locate(self, slot: SlotId) -> tuple[int, int]:
-        """Return the segment and the index in it of a slot, alive or not."""
-        return divmod(slot, self.records_per_segment)
 
     def free(self, slots: Collection[SlotId]) -> Freed:
         """Declare records dead.
@@ -91,7 +96,7 @@ class SegmentTable:
         """
         touched: dict[int, list[int]] = {}
         for slot in sorted(slots):
-            number, index = self.locate(slot)
+            number, index = locate(slot)
             self._segments[number].live.remove(index)
             touched.setdefault(number, []).append(index)
         freed = Freed([], [])
@@ -128,8 +133,7 @@ class SegmentTable:
     def _open_segment(self, stream: int) -> int:
         number = self._open.get(stream)
         if number is None or self._segments[number].num_appended == self.records_per_segment:
-            number = self._next_segment
-            self._next_segment += 1
+            number = self.reserve_number()
             self._segments[number] = _Segment(stream)
             self._open[stream] = number
         return number
@@ -139,6 +143,16 @@ class SegmentTable:
         self.num_used -= segment.num_dead
         if self._open.get(segment.stream) == number:
             del self._open[segment.stream]
+
+
+def slot_at(segment: int, index: int) -> SlotId:
+    """Return the slot of a record."""
+    return SlotId(segment << INDEX_BITS | index)
+
+
+def locate(slot: SlotId) -> tuple[int, int]:
+    """Return the segment and the index in it of a slot, alive or not."""
+    return slot >> INDEX_BITS, slot & (1 << INDEX_BITS) - 1
 
 
 def _runs(indexes: list[int]) -> Iterator[tuple[int, int]]:

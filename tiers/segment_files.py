@@ -1,7 +1,5 @@
 """The files of append-only segments: made, opened, punched and removed."""
 
-import ctypes
-import errno
 import logging
 import os
 import secrets
@@ -10,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from offload.errors import ConfigError
+from offload.tiers.punch import CANNOT_PUNCH, punch_hole
 from offload.tiers.syscalls import as_storage_error
 from offload.types import PAGE_BYTES
 
 _LOG = logging.getLogger(__name__)
 
 _SUFFIX = ".kvseg"
-_KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02
-_CANNOT_PUNCH = frozenset({errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 
 
 class SegmentFiles:
@@ -41,6 +38,7 @@ class SegmentFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._token = secrets.token_hex(4)
+        self._adopted: dict[int, Path] = {}
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             block_bytes = os.statvfs(directory).f_frsize
@@ -51,7 +49,14 @@ class SegmentFiles:
 
     def path(self, segment: int) -> Path:
         """Return the file of a segment."""
+        adopted = self._adopted.get(segment)
+        if adopted is not None:
+            return adopted
         return self.directory / f"{self._token}-{segment:010d}{_SUFFIX}"
+
+    def adopt(self, segment: int, path: Path) -> None:
+        """Give a number to a file of somebody else, to be read only."""
+        self._adopted[segment] = path
 
     @contextmanager
     def open(self, segment: int, *, writing: bool, direct: bool) -> Iterator[int]:
@@ -81,10 +86,10 @@ class SegmentFiles:
         if not self._can_punch:
             return False
         with self.open(segment, writing=True, direct=False) as fd:
-            code = _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, num_bytes)
+            code = punch_hole(fd, offset, num_bytes)
         if code == 0:
             return True
-        if code in _CANNOT_PUNCH:
+        if code in CANNOT_PUNCH:
             self._can_punch = False
         _LOG.warning(
             "cannot punch holes into %s (%s): space of dead records comes back by whole segments",
@@ -106,13 +111,3 @@ class SegmentFiles:
             path.unlink(missing_ok=True)
         except OSError as error:
             raise as_storage_error(error, f"cannot remove {path}") from error
-
-
-def _fallocate(fd: int, mode: int, offset: int, num_bytes: int) -> int:
-    """Call fallocate(2), which Python does not offer with a mode; return 0 or an ``errno``."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
-    if call is None:
-        return errno.ENOSYS
-    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    return 0 if call(fd, mode, offset, num_bytes) == 0 else ctypes.get_errno()

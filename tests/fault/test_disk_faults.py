@@ -262,7 +262,7 @@ def test_missing_file_is_a_storage_error_with_its_path(directory: Path) -> None:
 def test_file_system_without_holes_counts_dead_records_until_their_segment_dies(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segment_files, "_fallocate", lambda *_: errno.EOPNOTSUPP)
+    monkeypatch.setattr(segment_files, "punch_hole", lambda *_: errno.EOPNOTSUPP)
     with closing(make_disk_tier(directory, 6, WHOLE_PAGES)) as tier:
         slots, infos, source = write_records(tier, 6)
         tier.free(slots[:2])

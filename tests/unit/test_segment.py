@@ -1,7 +1,7 @@
 import pytest
 
 from offload.errors import CapacityError
-from offload.tiers.segment import Freed, Hole, SegmentTable
+from offload.tiers.segment import Freed, Hole, SegmentTable, locate
 from offload.types import SlotId
 
 
@@ -13,9 +13,9 @@ def _punch_all(table: SegmentTable, freed: Freed) -> None:
 def test_slots_of_a_stream_are_consecutive_positions_across_calls() -> None:
     table = SegmentTable(20, records_per_segment=4)
     first, other, second = table.allocate(2, 0), table.allocate(1, 1), table.allocate(4, 0)
-    assert [table.locate(slot) for slot in first] == [(0, 0), (0, 1)]
-    assert [table.locate(slot) for slot in other] == [(1, 0)]
-    assert [table.locate(slot) for slot in second] == [(0, 2), (0, 3), (2, 0), (2, 1)]
+    assert [locate(slot) for slot in first] == [(0, 0), (0, 1)]
+    assert [locate(slot) for slot in other] == [(1, 0)]
+    assert [locate(slot) for slot in second] == [(0, 2), (0, 3), (2, 0), (2, 1)]
     table.check_integrity()
 
 
@@ -75,7 +75,7 @@ def test_stream_whose_open_segment_died_goes_on_in_a_new_one() -> None:
     table = SegmentTable(8, records_per_segment=4)
     table.free(table.allocate(1, 5))
     [slot] = table.allocate(1, 5)
-    assert table.locate(slot) == (1, 0)
+    assert locate(slot) == (1, 0)
 
 
 def test_held_slots_are_those_allocated_and_not_freed() -> None:
