@@ -4,6 +4,9 @@
 
     OffloadError
     ├── ConfigError (ValueError)        asked for something impossible; nothing was started
+    │   ├── SessionNotFound (LookupError)
+    │   ├── SessionInUse                somebody has the session open
+    │   └── NamespaceMismatch           a session of another model, dtype, layout or tenant
     ├── CapacityError                   a tier cannot hold what was asked
     ├── ClosedError (RuntimeError)      the object was closed
     ├── TransferError
@@ -11,6 +14,7 @@
     │   └── TransferCancelled
     └── StorageError (OSError)          the disk refused
         ├── CorruptChunk                a record is not what was written
+        ├── CorruptCatalog              the index of a session store is damaged; its files may not be
         └── DiskFull                    no space left on the device
 
 Every leaf mixes in the builtin that a caller would already catch. Messages say what was asked,
@@ -24,6 +28,18 @@ class OffloadError(Exception):
 
 class ConfigError(OffloadError, ValueError):
     """The request cannot be met as written; raised before any work is done."""
+
+
+class SessionNotFound(ConfigError, LookupError):
+    """There is no session of that name, or it has expired."""
+
+
+class SessionInUse(ConfigError):
+    """A cache, perhaps of another process, has the session open."""
+
+
+class NamespaceMismatch(ConfigError):
+    """The session was made by another model, dtype, layout or tenant; names the field."""
 
 
 class CapacityError(OffloadError):
@@ -52,6 +68,10 @@ class StorageError(OffloadError, OSError):
 
 class CorruptChunk(StorageError):
     """A record on disk is not what was written: truncated, flipped, or another chunk's."""
+
+
+class CorruptCatalog(StorageError):
+    """The index of a session store is damaged; it can be made again from the files."""
 
 
 class DiskFull(StorageError):

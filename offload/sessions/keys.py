@@ -1,0 +1,47 @@
+"""Names for chunks by what they contain: a chained hash of the tokens up to their end."""
+
+import hashlib
+import secrets
+
+import numpy as np
+from torch import Tensor
+
+KEY_BYTES = 32
+
+
+def chain_keys(namespace: bytes, token_ids: Tensor, chunk_tokens: int) -> list[bytes]:
+    """Return the key of every full chunk of a row.
+
+    The keys and values of a chunk depend on all tokens before it, so its key does too: BLAKE2b over
+    the key of the chunk before and the chunk's own token ids (64 bit, little endian). The first is
+    chained to the namespace.
+
+    Parameters
+    ----------
+    namespace : bytes
+        Digest.
+    token_ids : Tensor, shape (num_tokens,), integers
+    chunk_tokens : int
+
+    Returns
+    -------
+    list of bytes
+        ``num_tokens // chunk_tokens`` keys of ``KEY_BYTES``.
+    """
+    ids = token_ids.cpu().numpy().astype(np.dtype("<i8"))
+    keys, previous = [], namespace
+    for start in range(0, len(ids) - chunk_tokens + 1, chunk_tokens):
+        part = ids[start : start + chunk_tokens].tobytes()
+        previous = hashlib.blake2b(previous + part, digest_size=KEY_BYTES).digest()
+        keys.append(previous)
+    return keys
+
+
+def random_key() -> bytes:
+    """Return a key for a chunk whose tokens nobody knows; nothing can look it up."""
+    return secrets.token_bytes(KEY_BYTES)
+
+
+def record_id(key: bytes) -> int:
+    """Return the part of a key that the record itself carries as its chunk id."""
+    return int.from_bytes(key[:8], "little")

@@ -1,0 +1,183 @@
+"""Open a session, or the longest known beginning of some tokens, and hold on to its chunks."""
+
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from offload.errors import CorruptChunk, SessionNotFound
+from offload.sessions import blocks
+from offload.sessions.keys import chain_keys
+from offload.sessions.leases import add_lease, drop_lease
+from offload.sessions.root import Root, check_session_row
+from offload.sessions.session_file import BlockRef, SessionFile, read_session_file
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Chunks of a store that stay in place until ``release``.
+
+    Attributes
+    ----------
+    rows : tuple of tuple of BlockRef
+    shapes : dict of str to (num_layers, num_positions)
+        Of every segment in ``rows``.
+    fingerprint : bytes
+        What their records carry.
+    """
+
+    root: Root = field(repr=False)
+    lease: str
+    rows: tuple[tuple[BlockRef, ...], ...]
+    shapes: dict[str, tuple[int, int]]
+    fingerprint: bytes
+
+    def place(self, ref: BlockRef, layer_number: int) -> tuple[Path, int]:
+        """Return the file and the index of one layer's record."""
+        _, num_positions = self.shapes[ref.segment]
+        return self.root.paths.segment(ref.segment), layer_number * num_positions + ref.position
+
+    def release(self) -> None:
+        """Let go of the chunks. Idempotent."""
+        with self.root.catalog.transaction() as db:
+            drop_lease(db, self.lease)
+
+
+def open_session(root: Root, name: str) -> tuple[SessionFile, Held]:
+    """Return what a session's file says, and hold its chunks.
+
+    Raises
+    ------
+    SessionNotFound
+        There is none, or it has expired.
+    CorruptChunk
+        Its file is damaged, or one of its chunks is known to be.
+    CorruptCatalog
+    """
+    with root.catalog.transaction() as db:
+        row = _find(db, root, name)
+        identity = str(row[0])
+        _refuse_damaged(db, identity, name)
+        segments = db.execute(
+            "SELECT DISTINCT b.segment FROM session_blocks m JOIN blocks b ON b.id = m.block "
+            "WHERE m.session = ?",
+            (identity,),
+        ).fetchall()
+        lease = add_lease(db, root.owner, identity, [number for (number,) in segments])
+        db.execute("UPDATE sessions SET used_at = ? WHERE id = ?", (time.time(), identity))
+    held: Held | None = None
+    try:
+        file = read_session_file(root.paths.session(identity))
+        if file.identity != identity:
+            raise CorruptChunk(f"the file of session {identity} is that of {file.identity}")
+        shapes = dict(file.segments)
+        held = Held(root, lease, file.rows, shapes, file.namespace.fingerprint)
+        return file, held
+    finally:
+        if held is None:
+            with root.catalog.transaction() as db:
+                drop_lease(db, lease)
+
+
+def find_prefix(
+    root: Root,
+    model_digest: bytes,
+    chunk_tokens: int,
+    token_ids: Tensor,
+    accepts: Callable[[bytes], bool] = lambda namespace: True,
+) -> tuple[bytes, Held] | None:
+    """Find the longest beginning of some rows that the store has in full chunks, and hold it.
+
+    Parameters
+    ----------
+    root : Root
+    model_digest : bytes
+        See ``Namespace.model_digest``.
+    chunk_tokens : int
+    token_ids : Tensor, int64 [num_rows, num_tokens]
+    accepts : callable
+        Whether a namespace, given by its digest, will do.
+
+    Returns
+    -------
+    (bytes, Held) or None
+        The namespace's digest, and equally many chunks for every row; None if there are none.
+    """
+    with root.catalog.transaction() as db:
+        namespaces = db.execute(
+            "SELECT digest FROM namespaces WHERE model = ? AND chunk_tokens = ?",
+            (model_digest, chunk_tokens),
+        ).fetchall()
+        found: tuple[bytes, list[list[BlockRef]]] | None = None
+        for (digest,) in namespaces:
+            rows = _known_rows(db, digest, token_ids, chunk_tokens)
+            if rows[0] and accepts(digest) and (found is None or len(rows[0]) > len(found[1][0])):
+                found = digest, rows
+        if found is None:
+            return None
+        shapes, numbers = {}, []
+        for name in {ref.segment for row in found[1] for ref in row}:
+            number, num_layers, num_positions = blocks.segment_shape(db, name)
+            shapes[name] = num_layers, num_positions
+            numbers.append(number)
+        lease = add_lease(db, root.owner, None, numbers)
+        _touch_owners(db, numbers)
+    digest, rows = found
+    return digest, Held(root, lease, tuple(map(tuple, rows)), shapes, digest[:16])
+
+
+def _known_rows(
+    db: sqlite3.Connection, namespace: bytes, token_ids: Tensor, chunk_tokens: int
+) -> list[list[BlockRef]]:
+    """Return the known chunks from the start of every row, as many as the shortest has."""
+    rows: list[list[BlockRef]] = []
+    for ids in token_ids:
+        row: list[BlockRef] = []
+        for key in chain_keys(namespace, ids, chunk_tokens):
+            place = blocks.find_by_key(db, key)
+            if place is None:
+                break
+            row.append(BlockRef(*place, key))
+        rows.append(row)
+    shortest = min(map(len, rows))
+    return [row[:shortest] for row in rows]
+
+
+def _touch_owners(db: sqlite3.Connection, segments: Sequence[int]) -> None:
+    """Count a reused prefix as a use of the sessions that wrote it."""
+    for number in segments:
+        db.execute(
+            "UPDATE sessions SET used_at = ? WHERE id IN (SELECT m.session FROM blocks b "
+            "JOIN session_blocks m ON m.block = b.id WHERE b.segment = ?)",
+            (time.time(), number),
+        )
+
+
+def _find(db: sqlite3.Connection, root: Root, name: str) -> tuple[object, ...]:
+    row: tuple[object, ...] | None = db.execute(
+        "SELECT * FROM sessions WHERE name = ?", (name,)
+    ).fetchone()
+    if row is None:
+        [count] = db.execute("SELECT count(*) FROM sessions").fetchone()
+        raise SessionNotFound(f"{root.paths.root} has no session {name!r} among its {count}")
+    check_session_row(row)
+    expires_at = row[8]
+    if isinstance(expires_at, float) and expires_at < time.time():
+        raise SessionNotFound(f"session {name!r} expired {time.time() - expires_at:.0f} s ago")
+    return row
+
+
+def _refuse_damaged(db: sqlite3.Connection, identity: str, name: str) -> None:
+    bad = db.execute(
+        "SELECT count(*), min(m.number) FROM session_blocks m JOIN blocks b ON b.id = m.block "
+        "WHERE m.session = ? AND b.is_bad <> 0",
+        (identity,),
+    ).fetchone()
+    if bad[0]:
+        raise CorruptChunk(
+            f"session {name!r} is damaged: {bad[0]} of its chunks are in quarantine, the first is "
+            f"number {bad[1]}; what lies before it can be reused with its token ids"
+        )

@@ -1,0 +1,54 @@
+"""Who uses a root, and who has died: a locked file for each user of it."""
+
+import fcntl
+import os
+from pathlib import Path
+
+from offload.errors import ConfigError
+
+
+class OwnerLock:
+    """A file that is locked as long as its owner lives.
+
+    The kernel drops the lock with the process, however it ends, so no clock and no pid can
+    deceive. A child made by ``fork`` keeps the lock of its parent until it ends or calls ``exec``.
+
+    Parameters
+    ----------
+    path : Path
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be made or locked.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"cannot lock {path}: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Say that the owner is gone. Idempotent."""
+        if self._fd >= 0:
+            self.path.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = -1
+
+
+def is_alive(path: Path) -> bool:
+    """Whether somebody holds the lock of an owner."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False

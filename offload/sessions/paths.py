@@ -1,0 +1,146 @@
+"""Where things lie below the root folder of a session store."""
+
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from offload.errors import ConfigError, StorageError
+from offload.tiers.syscalls import as_storage_error
+
+_IDENTITY = re.compile(r"[0-9a-f]{32}")
+_TMP = ".tmp"
+
+
+def new_id() -> str:
+    """Return a random name for a file, 32 hex digits."""
+    return secrets.token_hex(16)
+
+
+@dataclass(frozen=True, slots=True)
+class RootPaths:
+    """The files of one root.
+
+    ``segments/`` and ``sessions/`` are split by the first two digits of the names, 256 folders
+    each, so that no folder grows without bound. Nothing a user says becomes part of a path.
+
+    Parameters
+    ----------
+    root : Path
+    """
+
+    root: Path
+
+    @property
+    def catalog(self) -> Path:
+        """The SQLite database."""
+        return self.root / "catalog.sqlite3"
+
+    @property
+    def quarantine(self) -> Path:
+        """Folder of what was found damaged."""
+        return self.root / "quarantine"
+
+    @property
+    def rebuild_lock(self) -> Path:
+        """Locked by whoever replaces the catalog, and, shared, by whoever uses it."""
+        return self.root / "lock"
+
+    def owner(self, owner: str) -> Path:
+        """Return the file that a living owner keeps locked."""
+        return self.root / "owners" / f"{_checked(owner)}.lock"
+
+    def segment(self, name: str) -> Path:
+        """Return the file of a segment."""
+        return self.root / "segments" / _checked(name)[:2] / f"{name}.kvseg"
+
+    def session(self, identity: str) -> Path:
+        """Return the file of a session."""
+        return self.root / "sessions" / _checked(identity)[:2] / f"{identity}.kvsession"
+
+    def make(self) -> None:
+        """Make the folders that are missing, for their owner only.
+
+        Raises
+        ------
+        ConfigError
+            The root is no folder of this user, or cannot be made.
+        """
+        try:
+            for name in ("segments", "sessions", "owners", "quarantine"):
+                (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = self.root.stat()
+            if found.st_uid != os.getuid():
+                raise ConfigError(f"{self.root} belongs to user {found.st_uid}, not {os.getuid()}")
+            if stat.S_IMODE(found.st_mode) & 0o077:
+                self.root.chmod(0o700)
+        except OSError as error:
+            raise ConfigError(f"cannot use {self.root}: {error.strerror or error}") from error
+
+    def data_files(self) -> Iterator[Path]:
+        """Yield every file of a segment or session, the unfinished ones included."""
+        for folder in ("segments", "sessions"):
+            for shard in sorted((self.root / folder).iterdir()):
+                yield from sorted(shard.iterdir())
+
+
+def temporary(path: Path) -> Path:
+    """Return the name under which a file is written before it is published."""
+    return path.with_name(path.name + _TMP)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file was never published."""
+    return path.name.endswith(_TMP)
+
+
+def publish(path: Path, *, durable: bool) -> None:
+    """Give a finished temporary file its name.
+
+    Parameters
+    ----------
+    path : Path
+        The final name.
+    durable : bool
+        Make the name survive a power cut.
+    """
+    try:
+        os.replace(temporary(path), path)
+        if durable:
+            _sync_folder(path.parent)
+    except OSError as error:
+        raise as_storage_error(error, f"cannot publish {path}") from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file, published or not; it may be gone already."""
+    try:
+        path.unlink(missing_ok=True)
+        temporary(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise as_storage_error(error, f"cannot remove {path}") from error
+
+
+def allocated_bytes(path: Path) -> int:
+    """Return the bytes a file takes up on the device; 0 if it is gone."""
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def _checked(name: str) -> str:
+    if not _IDENTITY.fullmatch(name):
+        raise StorageError(f"{name!r} names no file of a session store; the catalog is damaged")
+    return name
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,298 @@
+"""``SessionStore``: sessions in one root folder, for any number of processes."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from offload.config import parse_size
+from offload.errors import ConfigError, CorruptCatalog, SessionInUse, SessionNotFound
+from offload.sessions import fsck, opening, saving
+from offload.sessions.checking import BadRecord
+from offload.sessions.garbage import collect, forget_session
+from offload.sessions.ledger import Usage
+from offload.sessions.listing import SessionInfo, list_sessions
+from offload.sessions.names import check_name, expiry
+from offload.sessions.opening import Held
+from offload.sessions.paths import new_id, publish, temporary
+from offload.sessions.quarantine import quarantine_records
+from offload.sessions.rebuild import rebuild
+from offload.sessions.root import Root
+from offload.sessions.saving import Content, Saved
+from offload.sessions.schema import checksum
+from offload.sessions.session_file import (
+    SessionFile,
+    read_session_file,
+    renamed,
+    write_session_file,
+)
+from offload.tiers.scratch import default_parent
+
+_LOG = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], object]
+"""Told chunks done, and chunks in all."""
+
+
+def _silent(done: int, total: int) -> None:
+    return
+
+
+class SessionStore:
+    """Saved sessions below one root folder.
+
+    Several stores, in several processes, may be open on one root. What a store lends to caches
+    stays in place until the store is closed or its process ends, however it ends. Any thread may
+    call any method; a forked process must open its own.
+
+    Parameters
+    ----------
+    root : path, optional
+        Default: ``sessions`` in the user's cache folder.
+    quota : int or str, optional
+        Hard limit of all that is below the root, such as ``"200GiB"``, for all processes and until
+        it is set again. A new root gets half of what is free.
+    min_free : int or str, optional
+        What is to stay free on the device; 1 GiB on a new root.
+    durability : {"none", "relaxed", "strict"}
+        What survives a power cut: perhaps the session saved last but never a wrong one
+        (``none``), its content if the catalog was written (``relaxed``), or every session whose
+        ``save`` returned (``strict``). A killed process loses nothing in any of them.
+    salt : str
+        Of a tenant: with another salt, sessions cannot be opened and prefixes are not found.
+    deadline_s : float
+        Longest wait for one transfer.
+
+    Raises
+    ------
+    ConfigError
+        The root cannot be used, or an argument is impossible.
+    """
+
+    def __init__(
+        self,
+        root: str | Path | None = None,
+        *,
+        quota: int | str | None = None,
+        min_free: int | str | None = None,
+        durability: str = "relaxed",
+        salt: str = "",
+        deadline_s: float = 120.0,
+    ) -> None:
+        quota_bytes = None if quota is None else parse_size(quota)
+        min_free_bytes = parse_size(min_free) if min_free else None if min_free is None else 0
+        path = default_parent() / "sessions" if root is None else Path(root)
+        self.salt = salt
+        try:
+            self._root = Root(path, durability, deadline_s)
+        except CorruptCatalog as error:
+            _LOG.warning("%s; making a new catalog from the files", error)
+            rebuild(path)
+            self._root = Root(path, durability, deadline_s)
+        try:
+            self._root.ledger.configure(quota_bytes, min_free_bytes)
+        except BaseException:
+            self._root.close()
+            raise
+
+    @property
+    def path(self) -> Path:
+        """The root folder."""
+        return self._root.paths.root
+
+    def list(self) -> list[SessionInfo]:
+        """Return all sessions, by name. Those that have expired are removed."""
+        self._remove_expired()
+        return list_sessions(self._root.catalog)
+
+    def info(self, name: str) -> SessionInfo:
+        """Return what is known about a session.
+
+        Raises
+        ------
+        SessionNotFound
+        """
+        found = list_sessions(self._root.catalog, name)
+        if not found:
+            raise self._not_found(name)
+        return found[0]
+
+    def describe(self, name: str) -> SessionFile:
+        """Return what the file of a session says: its namespace, tokens, tails."""
+        return read_session_file(self._root.paths.session(self._identity(name)))
+
+    def usage(self) -> Usage:
+        """Return how much space there is, and who has it."""
+        return self._root.ledger.usage()
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Never evict a session to make room, or allow it again."""
+        self._change(name, {"is_pinned": pinned})
+
+    def set_ttl(self, name: str, ttl_s: float | None) -> None:
+        """Let a session expire so many seconds from now; None: never."""
+        self._change(name, {"expires_at": expiry(ttl_s)})
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Give a session another name.
+
+        Raises
+        ------
+        ConfigError
+            The name is taken, or impossible.
+        """
+        if self._root.find(check_name(new_name)) is not None:
+            raise ConfigError(f"there is a session {new_name!r} already")
+        self._change(name, {"name": new_name})
+
+    def delete(self, name: str, *, force: bool = False) -> None:
+        """Delete a session. Chunks that others need stay.
+
+        Parameters
+        ----------
+        name : str
+        force : bool
+            Also while a cache has it open; the cache goes on, and the space comes back later.
+
+        Raises
+        ------
+        SessionNotFound
+        SessionInUse
+        """
+        with self._root.catalog.transaction() as db:
+            identity = self._identity(name)
+            query = "SELECT count(*) FROM leases WHERE session = ? AND segment IS NULL"
+            [num_open] = db.execute(query, (identity,)).fetchone()
+            if num_open and not force:
+                raise SessionInUse(
+                    f"session {name!r} is open in {num_open} caches; force deletes it all the same"
+                )
+            forget_session(db, identity)
+        collect(self._root.catalog, self._root.paths)
+
+    def verify(self, name: str, progress: Progress = _silent) -> fsck.FsckReport:
+        """Read a whole session and compare it with its checksums; quarantine what is bad.
+
+        Raises
+        ------
+        SessionNotFound
+        CorruptChunk
+            The session's own file is damaged.
+        """
+        started = time.perf_counter()
+        report = fsck.FsckReport(num_sessions=1)
+        fsck.check_sessions(self._root, [self.describe(name)], report, progress)
+        self.quarantine(report.bad_records)
+        report.seconds = time.perf_counter() - started
+        return report
+
+    def fsck(self, *, repair: bool = False, progress: Progress = _silent) -> fsck.FsckReport:
+        """Verify everything below the root; see ``offload.sessions.fsck``."""
+        return fsck.fsck(self._root, repair=repair, progress=progress)
+
+    def save(
+        self,
+        name: str,
+        content: Content,
+        *,
+        ttl_s: float | None = None,
+        pin: bool = False,
+        progress: Progress = _silent,
+    ) -> Saved:
+        """Save a session; see ``OffloadedCache.save``, which calls this."""
+        return saving.save(
+            self._root,
+            check_name(name),
+            content,
+            expires_at=expiry(ttl_s),
+            is_pinned=pin,
+            progress=progress,
+        )
+
+    def open(self, name: str) -> tuple[SessionFile, Held]:
+        """Open a session and hold its chunks in place; see ``OffloadedCache.load``."""
+        try:
+            return opening.open_session(self._root, name)
+        except SessionNotFound:
+            self._remove_expired()
+            raise
+
+    def find_prefix(
+        self, model_digest: bytes, chunk_tokens: int, token_ids: Tensor
+    ) -> tuple[bytes, Held] | None:
+        """Hold the longest beginning of some rows that is known; see ``OffloadedCache.reuse``."""
+        return opening.find_prefix(self._root, model_digest, chunk_tokens, token_ids)
+
+    def quarantine(self, bad: Iterable[BadRecord]) -> None:
+        """Set damaged records aside, so that no session and no prefix uses them."""
+        quarantine_records(self._root.catalog, self._root.paths, bad)
+
+    def close(self) -> None:
+        """Let go of everything that this store lent. Idempotent."""
+        self._root.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+    def _identity(self, name: str) -> str:
+        identity = self._root.find(name)
+        if identity is None:
+            raise self._not_found(name)
+        return identity
+
+    def _not_found(self, name: str) -> SessionNotFound:
+        [[count]] = self._root.catalog.rows("SELECT count(*) FROM sessions")
+        return SessionNotFound(f"{self.path} has no session {name!r} among its {count}")
+
+    def _change(self, name: str, changes: dict[str, Any]) -> None:
+        """Change name, expiry or pin, in the session's file and in the catalog."""
+        root, identity = self._root, self._identity(name)
+        file = renamed(read_session_file(root.paths.session(identity)), **changes)
+        size, reservation = len(file.pack()), new_id()
+        root.ledger.reserve(size, new_id(), reservation, identity)
+        path = root.paths.session(identity)
+        try:
+            write_session_file(temporary(path), file, sync=root.syncs)
+            with root.catalog.transaction() as db:
+                row = db.execute("SELECT * FROM sessions WHERE id = ?", (identity,)).fetchone()
+                if row is None:
+                    raise self._not_found(name)
+                publish(path, durable=root.is_strict)
+                values = (*row[:1], file.name, *row[2:8], file.expires_at, int(file.is_pinned))
+                db.execute(
+                    "REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (*values, row[10], checksum(*values)),
+                )
+        except BaseException:
+            temporary(path).unlink(missing_ok=True)
+            raise
+        finally:
+            with root.catalog.transaction() as db:
+                db.execute("DELETE FROM reservations WHERE id = ?", (reservation,))
+
+    def _remove_expired(self) -> None:
+        with self._root.catalog.transaction() as db:
+            expired = db.execute(
+                "SELECT id FROM sessions s WHERE expires_at < ? AND NOT EXISTS "
+                "(SELECT 1 FROM leases WHERE session = s.id)",
+                (time.time(),),
+            ).fetchall()
+            for (identity,) in expired:
+                forget_session(db, identity)
+        if expired:
+            collect(self._root.catalog, self._root.paths)
