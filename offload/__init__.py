@@ -6,9 +6,13 @@ from offload.errors import (
     CapacityError,
     ClosedError,
     ConfigError,
+    CorruptCatalog,
     CorruptChunk,
     DiskFull,
+    NamespaceMismatch,
     OffloadError,
+    SessionInUse,
+    SessionNotFound,
     StorageError,
     TransferCancelled,
     TransferError,
@@ -18,6 +22,7 @@ from offload.stats import CacheStats, TierStats
 
 if TYPE_CHECKING:
     from offload.cache import OffloadedCache
+    from offload.sessions.store import SessionStore
 
 __version__ = "0.1.0"
 
@@ -26,10 +31,15 @@ __all__ = [
     "CapacityError",
     "ClosedError",
     "ConfigError",
+    "CorruptCatalog",
     "CorruptChunk",
     "DiskFull",
+    "NamespaceMismatch",
     "OffloadError",
     "OffloadedCache",
+    "SessionInUse",
+    "SessionNotFound",
+    "SessionStore",
     "StorageError",
     "TierStats",
     "TransferCancelled",
@@ -46,4 +56,8 @@ def __getattr__(name: str) -> Any:
         from offload.cache import OffloadedCache
 
         return OffloadedCache
+    if name == "SessionStore":
+        from offload.sessions.store import SessionStore
+
+        return SessionStore
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

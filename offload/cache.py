@@ -1,18 +1,23 @@
 """``OffloadedCache``: a transformers cache that lives on several tiers."""
 
+import copy
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from offload import attention, masks
+from offload import attention, masks, resume
 from offload.core import CacheCore
+from offload.errors import ConfigError
 from offload.layers import OffloadedLayer, offloaded
 from offload.masks import MaskLength
+from offload.session_link import SessionLink
+from offload.sessions.listing import SessionInfo
+from offload.sessions.store import SessionStore
 from offload.settings import check_settings
 from offload.stats import CacheStats, TierStats
 from offload.support import check_model_config, latent_dims
@@ -71,7 +76,10 @@ class OffloadedCache(Cache):
                 raise
 
     layers: list[Any]
+    token_ids: Tensor | None
+    """Token ids of a session that was saved or loaded with them, int64 [num_rows, num_tokens]."""
     _bound: bool
+    _config: Any
     _records_past: bool
 
     def bind(self, config: Any) -> None:
@@ -84,6 +92,7 @@ class OffloadedCache(Cache):
         """
         if self._bound or config is None:
             return
+        self._config = config
         text_config = config.get_text_config(decoder=True)
         check_model_config(text_config)
         stock = DynamicCache(config=text_config).layers
@@ -96,6 +105,11 @@ class OffloadedCache(Cache):
         self._core.latent_dims = latent_dims(text_config)
         if self._records_past:
             self.activate_past_recording()
+
+    @property
+    def offloads(self) -> bool:
+        """Whether any layer is offloaded; true while the model is unknown."""
+        return not self._bound or any(isinstance(layer, OffloadedLayer) for layer in self.layers)
 
     def update(
         self,
@@ -147,6 +161,155 @@ class OffloadedCache(Cache):
         scratch = self._core.config.scratch
         return None if scratch is None else scratch.path
 
+    def fork(self) -> Self:
+        """Return a copy-on-write copy: chunks are shared, only the tails are copied."""
+        return copy.deepcopy(self)
+
+    def save(
+        self,
+        name: str,
+        *,
+        store: SessionStore | str | Path | None = None,
+        model: PreTrainedModel | None = None,
+        token_ids: Tensor | None = None,
+        ttl_s: float | None = None,
+        pin: bool = False,
+        progress: Callable[[int, int], object] = lambda done, total: None,
+    ) -> SessionInfo:
+        """Save the cache as a session, which any process can ``load``.
+
+        A session of that name is replaced.
+        Chunks that the store has already are not written again, so saving after every turn costs
+        what the turn has added. The cache can be used on.
+
+        Parameters
+        ----------
+        name : str
+        store : SessionStore or path, optional
+            Where to; default: the store this cache came from, else ``SessionStore()``.
+        model : PreTrainedModel, optional
+            The model that filled the cache. By default it is looked for.
+        token_ids : Tensor, int [num_rows, num_tokens or more], optional
+            What the model was given, from the first token on, all of it attended to (no padding).
+            Kept with the session, and other prompts that begin alike then share the chunks.
+        ttl_s : float, optional
+            Seconds after which the session expires.
+        pin : bool
+            Never evict the session to make room for others.
+        progress : callable
+            Told chunks written and chunks to write.
+
+        Raises
+        ------
+        ConfigError
+            The cache is empty, or the name, tokens or model do not fit.
+        DiskFull
+            The quota or the device has no room; nothing was saved, earlier sessions are as before.
+        StorageError, TransferTimeout
+            The same.
+        """
+        found = resume.the_model(model, self._config)
+        info, self.token_ids = resume.save(
+            self._core, self.layers, name, store, found, token_ids, ttl_s, pin, progress
+        )
+        return info
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        model: PreTrainedModel,
+        *,
+        store: SessionStore | str | Path | None = None,
+        tiers: Sequence[str] = ("gpu", "cpu", "disk"),
+        policy: str = "exact",
+        capacity: Mapping[str, int | str] | None = None,
+        disk_path: str | Path | None = None,
+    ) -> Self:
+        """Return a cache that goes on where a session was saved.
+
+        Nothing but the growing chunks is read now: the others are, each when it is first attended
+        to, from where they lie. ``token_ids`` of the cache are those that were saved.
+
+        Parameters
+        ----------
+        name : str
+        model : PreTrainedModel
+            The one that the cache is for; it must be equal to the one that filled it.
+        store : SessionStore or path, optional
+        tiers, policy, capacity, disk_path
+            As for the class; ``"disk"`` must be among the tiers.
+
+        Raises
+        ------
+        SessionNotFound
+        NamespaceMismatch
+            Another model, dtype or tenant made the session; names the first field that differs.
+        CorruptChunk
+            The session is damaged.
+        """
+        if "disk" not in tiers:
+            raise ConfigError(f"a session is read from disk; add 'disk' to tiers={list(tiers)}")
+        opened, owns, file, held = resume.open_session(store, name, model)
+        try:
+            cache = cls(
+                tiers,
+                policy=policy,
+                capacity=capacity,
+                disk_path=disk_path,
+                chunk_tokens=file.layout.chunk_tokens,
+                config=model.config,
+            )
+        except BaseException:
+            held.release()
+            if owns:
+                opened.close()
+            raise
+        try:
+            link = SessionLink(opened, owns_store=owns)
+            cache._core.links[opened.path] = link
+            resume.restore(cache._core, cache.layers, link, file, held, model.device)
+        except BaseException:
+            cache.close()
+            raise
+        cache.token_ids = file.token_ids
+        return cache
+
+    def reuse(
+        self,
+        token_ids: Tensor,
+        model: PreTrainedModel,
+        *,
+        store: SessionStore | str | Path | None = None,
+    ) -> int:
+        """Fill this empty cache with chunks that some session has for the beginning of a prompt.
+
+        Give ``generate`` the whole prompt afterwards: the model runs on what is missing. Chunks are
+        read and verified here; what is damaged is set aside, and computed again.
+
+        Parameters
+        ----------
+        token_ids : Tensor, int [num_rows, num_tokens] or [num_tokens]
+            The prompt, without padding.
+        model : PreTrainedModel
+        store : SessionStore or path, optional
+
+        Returns
+        -------
+        int
+            Tokens per row that need no prefill: whole chunks, less than the prompt; 0 for models
+            with layers of bounded size (sliding windows, recurrent states).
+
+        Raises
+        ------
+        ConfigError
+            The cache is not empty, or ``token_ids`` are no tokens.
+        """
+        if self._core.runtime is not None:
+            raise ConfigError(f"reuse() is for an empty cache; this holds {self.get_seq_length()}")
+        self.bind(model.config)
+        return resume.reuse(self._core, self.layers, store, token_ids, model)
+
     def flush(self) -> None:
         """Wait until every chunk that is on its way to the disk has arrived.
 
@@ -168,11 +331,10 @@ class OffloadedCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return a copy-on-write fork: chunks are shared, only the tails are copied."""
-        import copy
-
         fork = type(self).__new__(type(self))
         fork._adopt(self._core.fork(), [])
-        fork._bound, fork._records_past = self._bound, self._records_past
+        fork._bound, fork._config = self._bound, self._config
+        fork._records_past, fork.token_ids = self._records_past, self.token_ids
         for layer in self.layers:
             ours = isinstance(layer, OffloadedLayer)
             fork.layers.append(
@@ -205,6 +367,8 @@ class OffloadedCache(Cache):
         super().__init__(layers=layers)
         self._core = core
         self._bound = False
+        self._config = None
         self._records_past = False
+        self.token_ids = None
         # Does not hold the cache itself, so that dropping the last reference closes it.
         self._finalizer = weakref.finalize(self, core.close)

@@ -1,14 +1,17 @@
 """The state of one Hugging Face cache, apart from transformers' own classes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from offload.engine import Engine, EngineConfig
-from offload.errors import ClosedError, ConfigError
+from offload.errors import ClosedError, ConfigError, CorruptChunk
 from offload.exact import AttentionCall
 from offload.runtime import Runtime
 from offload.sequence import Appended
+from offload.session_link import SessionLink
 from offload.stats import CacheStats
 from offload.types import ChunkLayout
 
@@ -23,10 +26,13 @@ class _Family:
         Caches not closed yet; the last one removes the files.
     engine : Engine or None
         The tiers, made by the first keys that any of them sees.
+    links : dict of Path to SessionLink
+        By root of the session store.
     """
 
     num_open: int = 1
     engine: Engine | None = None
+    links: dict[Path, SessionLink] = field(default_factory=dict)
 
 
 class CacheCore:
@@ -90,6 +96,7 @@ class CacheCore:
         try:
             return self.runtime.attend(layer, call, appended)
         except BaseException as error:
+            self._report_damage(error)
             self._undo(error)
             raise
 
@@ -144,35 +151,69 @@ class CacheCore:
                 self.runtime.close()
         finally:
             self._family.num_open -= 1
-            if self.config.scratch is not None and self._family.num_open == 0:
-                self.config.scratch.close()
+            if self._family.num_open == 0:
+                self._close_family()
 
-    def _open(self, keys: Tensor, values: Tensor) -> Runtime:
+    def open(self, layout: ChunkLayout, batch: int, device: torch.device) -> Runtime:
+        """Open the tiers for chunks of a layout and so many rows, unless they are open.
+
+        Raises
+        ------
+        ConfigError
+            A fork holds other chunks on the tiers they share.
+        CapacityError
+        """
         if self.runtime is None:
-            layout = ChunkLayout(
-                keys.shape[1],
-                self.config.chunk_tokens,
-                keys.shape[3],
-                values.shape[3],
-                keys.dtype,
-            )
-            batch = keys.shape[0]
             engine = self._family.engine
             if engine is None or not engine.is_in_use:
-                engine = Engine(self.config, layout, batch, self.num_layers, keys.device)
+                engine = Engine(self.config, layout, batch, self.num_layers, device)
                 self._family.engine = engine
-            elif engine.layout != layout or engine.device != keys.device:
+            elif engine.layout != layout or engine.device != device:
                 raise ConfigError(
                     f"a fork of this cache holds {engine.layout} on {engine.device} on the tiers "
-                    f"they share, and {layout} on {keys.device} cannot join it; close the fork"
+                    f"they share, and {layout} on {device} cannot join it; close the fork"
                 )
             self.runtime = Runtime(engine, self.num_layers, batch)
         return self.runtime
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether forks of this cache are open."""
+        return self._family.num_open > 1
+
+    @property
+    def links(self) -> dict[Path, SessionLink]:
+        """What this cache and its forks have in common with session stores, by root."""
+        return self._family.links
+
+    def _open(self, keys: Tensor, values: Tensor) -> Runtime:
+        if self.runtime is not None:
+            return self.runtime
+        size = self.config.chunk_tokens
+        layout = ChunkLayout(keys.shape[1], size, keys.shape[3], values.shape[3], keys.dtype)
+        return self.open(layout, keys.shape[0], keys.device)
+
+    def _close_family(self) -> None:
+        try:
+            for link in self.links.values():
+                link.close()
+        finally:
+            if self.config.scratch is not None:
+                self.config.scratch.close()
 
     def _drop_runtime(self) -> None:
         if self.runtime is not None:
             runtime, self.runtime = self.runtime, None
             runtime.close()
+            if self._family.num_open == 1:
+                for link in self.links.values():
+                    link.forget()
+
+    def _report_damage(self, error: BaseException) -> None:
+        """Tell the session stores which of their records could not be read."""
+        if isinstance(error, CorruptChunk) and self.runtime is not None:
+            for link in self.links.values():
+                link.report_damage(self.runtime.engine)
 
     def _crop(self, num_tokens: int) -> None:
         assert self.runtime is not None

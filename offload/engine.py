@@ -79,6 +79,8 @@ class Engine:
         sizes = self._plan(tail_bytes, batch)
         self._host_extra_bytes = 0
         self._num_layers = num_layers
+        self.disk: DiskTier | None = None
+        """The disk tier, if there is one: it can adopt the records of saved sessions."""
         self.tiers = self._build_tiers(sizes, tail_bytes)
         try:
             self._open(sizes)
@@ -221,14 +223,13 @@ class Engine:
             tiers.append(self._memory_tier("cpu", pool, torch.device("cpu")))
         if "disk" in capacities:
             assert self.config.scratch is not None
-            tiers.append(
-                DiskTier(
-                    self.config.scratch.path,
-                    capacity_bytes=capacities["disk"],
-                    layout=layout,
-                    deadline_s=self.config.deadline_s,
-                )
+            self.disk = DiskTier(
+                self.config.scratch.path,
+                capacity_bytes=capacities["disk"],
+                layout=layout,
+                deadline_s=self.config.deadline_s,
             )
+            tiers.append(self.disk)
         return tiers
 
     def _memory_tier(self, name: str, capacity_bytes: int, device: torch.device) -> MemoryTier:

@@ -14,7 +14,7 @@
     │   └── TransferCancelled
     └── StorageError (OSError)          the disk refused
         ├── CorruptChunk                a record is not what was written
-        ├── CorruptCatalog              the index of a session store is damaged; its files may not be
+        ├── CorruptCatalog              the index of a session store is damaged
         └── DiskFull                    no space left on the device
 
 Every leaf mixes in the builtin that a caller would already catch. Messages say what was asked,

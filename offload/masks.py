@@ -26,6 +26,11 @@ class Binder(Protocol):
         """Learn the model's config, before the first layer runs."""
         ...
 
+    @property
+    def offloads(self) -> bool:
+        """Whether any layer is offloaded; true while the model is unknown."""
+        ...
+
 
 class MaskLength(int):
     """A mask's length in tokens that remembers which cache it came from."""
@@ -59,7 +64,8 @@ def _dispatcher(original: Callable[..., Any]) -> Callable[..., Any]:
             raise ConfigError(
                 "the model attends bidirectionally, which OffloadedCache does not; use DynamicCache"
             )
-        if _is_plain_causal(kwargs):
+        # Only the runtime rebuilds causality: layers that stay transformers' own need their mask.
+        if length.cache.offloads and _is_plain_causal(kwargs):
             return _padding(kwargs.get("attention_mask"), length)
         return original(*args, **{**kwargs, "kv_length": int(length)})
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from offload.errors import ConfigError
 from offload.rows import RowTables
 from offload.store import ChunkStore
+from offload.types import ChunkId
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,20 @@ class LayerSequence:
         self.tail = torch.empty(
             (batch, *self._layout.shape), dtype=self._layout.dtype, device=device
         )
+
+    def restore(self, columns: Sequence[Sequence[ChunkId]], tail: Tensor) -> None:
+        """Continue where another sequence was; this one was just opened.
+
+        Parameters
+        ----------
+        columns : sequence of sequence of ChunkId
+            Full chunks, by position and then by row, one reference each.
+        tail : Tensor, shape (batch, num_kv_heads, num_tail_tokens, row_dim)
+            What follows; at most a chunk.
+        """
+        self.tables.extend(columns)
+        self.tail_tokens = tail.shape[2]
+        self.tail[:, :, : self.tail_tokens] = tail
 
     def append(self, keys: Tensor, values: Tensor) -> Appended:
         """Add tokens to every row.

@@ -1,6 +1,6 @@
 """Read records back and compare them with what they should be."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,6 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from offload.errors import StorageError
+from offload.sessions.keys import record_id
+from offload.sessions.session_file import BlockRef
 from offload.tiers.io_engine import IoEngine
 from offload.tiers.io_plan import Operation
 from offload.tiers.pool import page_aligned
@@ -22,6 +24,9 @@ _SEGMENT = 0
 
 Expected = tuple[int, ChunkInfo]
 """Index of a record in its file, and what must be found there."""
+
+Records = dict[int, ChunkInfo]
+"""The same, of one file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,34 @@ class BadRecord:
     path: Path
     index: int
     reason: str
+
+
+def expected_records(
+    rows: Iterable[Sequence[BlockRef]],
+    shapes: Mapping[str, tuple[int, int]],
+    layers: Sequence[int],
+    chunk_tokens: int,
+) -> dict[str, Records]:
+    """Return what must lie at which index of which segment.
+
+    Parameters
+    ----------
+    rows : iterable of sequence of BlockRef
+    shapes : mapping of str to (num_layers, num_positions)
+        Of the segments.
+    layers : sequence of int
+        Model layers, in the order of the records.
+    chunk_tokens : int
+    """
+    expected: dict[str, Records] = {name: {} for name in shapes}
+    for row in rows:
+        for position, ref in enumerate(row):
+            records, identity = expected[ref.segment], record_id(ref.key)
+            num_positions = shapes[ref.segment][1]
+            for number, layer in enumerate(layers):
+                index = number * num_positions + ref.position
+                records[index] = ChunkInfo(identity, layer, position * chunk_tokens)
+    return expected
 
 
 class RecordChecker:

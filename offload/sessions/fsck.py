@@ -6,16 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from offload.errors import CorruptCatalog, StorageError
-from offload.sessions.checking import BadRecord, Expected, RecordChecker
+from offload.sessions.checking import (
+    BadRecord,
+    Expected,
+    RecordChecker,
+    Records,
+    expected_records,
+)
 from offload.sessions.garbage import collect, forget_session
-from offload.sessions.keys import record_id
 from offload.sessions.paths import allocated_bytes, remove
 from offload.sessions.quarantine import quarantine_file, quarantine_records
 from offload.sessions.root import Root
 from offload.sessions.session_file import SessionFile, read_session_file
 from offload.tiers.io_engine import IoEngine
 from offload.tiers.record import RecordFormat
-from offload.types import ChunkInfo
 
 _THREADS = 4
 
@@ -103,9 +107,11 @@ def check_sessions(
     root: Root, files: Iterable[SessionFile], report: FsckReport, progress: Progress
 ) -> None:
     """Verify every record that sessions name, once, and note what is bad in the report."""
-    expected: dict[tuple[str, RecordFormat], dict[int, ChunkInfo]] = {}
+    expected: dict[tuple[str, RecordFormat], Records] = {}
     for file in files:
-        for segment, records in _expected_records(file).items():
+        size = file.layout.chunk_tokens
+        found = expected_records(file.rows, file.segments, file.layers, size)
+        for segment, records in found.items():
             fmt = RecordFormat(file.layout, file.namespace.fingerprint)
             expected.setdefault((segment, fmt), {}).update(records)
     total = sum(map(len, expected.values()))
@@ -123,20 +129,6 @@ def check_sessions(
             report.num_bytes += len(todo) * fmt.record_bytes
     finally:
         engine.close()
-
-
-def _expected_records(file: SessionFile) -> dict[str, dict[int, ChunkInfo]]:
-    """Return what must lie at which index of which segment."""
-    expected: dict[str, dict[int, ChunkInfo]] = {name: {} for name in file.segments}
-    size = file.layout.chunk_tokens
-    for row in file.rows:
-        for position, ref in enumerate(row):
-            records, identity = expected[ref.segment], record_id(ref.key)
-            num_positions = file.segments[ref.segment][1]
-            for number, layer in enumerate(file.layers):
-                index = number * num_positions + ref.position
-                records[index] = ChunkInfo(identity, layer, position * size)
-    return expected
 
 
 def _session_files(root: Root, report: FsckReport) -> list[SessionFile]:

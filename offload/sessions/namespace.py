@@ -5,12 +5,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from offload.types import ChunkLayout
 
 FORMAT = "1"
 """Of records, session files and keys together; another one is another namespace."""
 
-_MODEL_FIELDS = ("format", "config", "rotary", "weights", "dtype", "salt")
+_MODEL_FIELDS = ("format", "config", "rotary", "weights", "model_dtype", "salt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +24,8 @@ class Namespace:
     Attributes
     ----------
     fields : mapping of str to str
-        ``format``, ``config``, ``rotary``, ``weights``, ``dtype``, ``salt``, ``layout``,
-        ``layers``.
+        ``format``, ``config``, ``rotary``, ``weights``, ``model_dtype``, ``salt``, and ``dtype``,
+        ``layout``, ``layers`` of the keys and values.
     """
 
     fields: Mapping[str, str]
@@ -60,7 +62,7 @@ def make_namespace(
     Parameters
     ----------
     model : mapping of str to str
-        ``config``, ``rotary`` and ``weights``.
+        ``config``, ``rotary``, ``weights`` and ``dtype``.
     layout : ChunkLayout
     layers : list of int
         The offloaded layers.
@@ -69,7 +71,8 @@ def make_namespace(
     """
     return Namespace(
         {
-            **model_fields(model, str(layout.dtype).removeprefix("torch."), salt),
+            **model_fields(model, salt),
+            "dtype": str(layout.dtype).removeprefix("torch."),
             "layout": (
                 f"{layout.num_kv_heads} KV heads, {layout.chunk_tokens} tokens, "
                 f"{layout.key_dim}+{layout.value_dim} wide"
@@ -79,16 +82,33 @@ def make_namespace(
     )
 
 
-def model_fields(model: Mapping[str, str], dtype: str, salt: str) -> dict[str, str]:
-    """Return the fields that do not depend on the layout of chunks."""
+def model_fields(model: Mapping[str, str], salt: str) -> dict[str, str]:
+    """Return the fields that do not depend on the keys and values."""
     hidden = hashlib.blake2b(salt.encode(), digest_size=16).hexdigest()
     parts = {name: model[name] for name in ("config", "rotary", "weights")}
-    return {"format": FORMAT, **parts, "dtype": dtype, "salt": hidden}
+    return {"format": FORMAT, **parts, "model_dtype": model["dtype"], "salt": hidden}
 
 
 def model_digest(fields: Mapping[str, str]) -> bytes:
     """Return 32 bytes that stand for the fields of ``model_fields``."""
     return _digest({name: fields[name] for name in _MODEL_FIELDS})
+
+
+def layout_text(layout: ChunkLayout) -> str:
+    """Return a layout as the catalog keeps it."""
+    dtype = str(layout.dtype).removeprefix("torch.")
+    numbers = (layout.num_kv_heads, layout.chunk_tokens, layout.key_dim, layout.value_dim)
+    return json.dumps([*numbers, dtype])
+
+
+def parse_layout(text: object) -> ChunkLayout | None:
+    """Read what ``layout_text`` wrote; None if it is damaged."""
+    try:
+        *numbers, dtype = json.loads(str(text))
+        heads, tokens, key_dim, value_dim = map(int, numbers)
+        return ChunkLayout(heads, tokens, key_dim, value_dim, getattr(torch, dtype))
+    except (ValueError, TypeError, AttributeError):
+        return None
 
 
 def _digest(fields: dict[str, str]) -> bytes:

@@ -12,8 +12,10 @@ from offload.errors import CorruptChunk, SessionNotFound
 from offload.sessions import blocks
 from offload.sessions.keys import chain_keys
 from offload.sessions.leases import add_lease, drop_lease
+from offload.sessions.namespace import parse_layout
 from offload.sessions.root import Root, check_session_row
 from offload.sessions.session_file import BlockRef, SessionFile, read_session_file
+from offload.types import ChunkLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +89,8 @@ def find_prefix(
     model_digest: bytes,
     chunk_tokens: int,
     token_ids: Tensor,
-    accepts: Callable[[bytes], bool] = lambda namespace: True,
-) -> tuple[bytes, Held] | None:
+    namespace_of: Callable[[ChunkLayout], bytes],
+) -> tuple[ChunkLayout, Held] | None:
     """Find the longest beginning of some rows that the store has in full chunks, and hold it.
 
     Parameters
@@ -98,35 +100,39 @@ def find_prefix(
         See ``Namespace.model_digest``.
     chunk_tokens : int
     token_ids : Tensor, int64 [num_rows, num_tokens]
-    accepts : callable
-        Whether a namespace, given by its digest, will do.
+    namespace_of : callable
+        Returns the digest that the namespace must have, given the layout of its chunks.
 
     Returns
     -------
-    (bytes, Held) or None
-        The namespace's digest, and equally many chunks for every row; None if there are none.
+    (ChunkLayout, Held) or None
+        Equally many chunks for every row; None if there are none.
     """
     with root.catalog.transaction() as db:
-        namespaces = db.execute(
-            "SELECT digest FROM namespaces WHERE model = ? AND chunk_tokens = ?",
-            (model_digest, chunk_tokens),
+        candidates = db.execute(
+            "SELECT digest, layout FROM namespaces WHERE model = ?", (model_digest,)
         ).fetchall()
-        found: tuple[bytes, list[list[BlockRef]]] | None = None
-        for (digest,) in namespaces:
+        found: tuple[ChunkLayout, bytes, list[list[BlockRef]]] | None = None
+        for digest, text in candidates:
+            layout = parse_layout(text)
+            if layout is None or layout.chunk_tokens != chunk_tokens:
+                continue
+            if namespace_of(layout) != digest:
+                continue
             rows = _known_rows(db, digest, token_ids, chunk_tokens)
-            if rows[0] and accepts(digest) and (found is None or len(rows[0]) > len(found[1][0])):
-                found = digest, rows
+            if rows[0] and (found is None or len(rows[0]) > len(found[2][0])):
+                found = layout, digest, rows
         if found is None:
             return None
+        layout, digest, rows = found
         shapes, numbers = {}, []
-        for name in {ref.segment for row in found[1] for ref in row}:
+        for name in {ref.segment for row in rows for ref in row}:
             number, num_layers, num_positions = blocks.segment_shape(db, name)
             shapes[name] = num_layers, num_positions
             numbers.append(number)
         lease = add_lease(db, root.owner, None, numbers)
-        _touch_owners(db, numbers)
-    digest, rows = found
-    return digest, Held(root, lease, tuple(map(tuple, rows)), shapes, digest[:16])
+        _touch_users(db, numbers)
+    return layout, Held(root, lease, tuple(map(tuple, rows)), shapes, digest[:16])
 
 
 def _known_rows(
@@ -146,7 +152,7 @@ def _known_rows(
     return [row[:shortest] for row in rows]
 
 
-def _touch_owners(db: sqlite3.Connection, segments: Sequence[int]) -> None:
+def _touch_users(db: sqlite3.Connection, segments: Sequence[int]) -> None:
     """Count a reused prefix as a use of the sessions that wrote it."""
     for number in segments:
         db.execute(

@@ -12,6 +12,7 @@ from offload.errors import OffloadError, StorageError
 from offload.sessions import blocks
 from offload.sessions.catalog import Catalog, get_meta, set_meta
 from offload.sessions.garbage import collect, write_used_bytes
+from offload.sessions.namespace import layout_text
 from offload.sessions.owners import is_alive
 from offload.sessions.paths import RootPaths, allocated_bytes, is_temporary, remove
 from offload.sessions.quarantine import quarantine_file, quarantined_records
@@ -154,7 +155,7 @@ def _fill(
             namespace = file.namespace
             db.execute(
                 "INSERT OR IGNORE INTO namespaces VALUES (?, ?, ?)",
-                (namespace.digest, namespace.model_digest, file.layout.chunk_tokens),
+                (namespace.digest, namespace.model_digest, layout_text(file.layout)),
             )
             _add_segments(db, paths, file, segments)
             for ref in dict.fromkeys(ref for row in file.rows for ref in row):

@@ -14,7 +14,7 @@ from offload.sessions import blocks
 from offload.sessions.garbage import collect, forget_session
 from offload.sessions.keys import KEY_BYTES, chain_keys, random_key, record_id
 from offload.sessions.leases import add_lease, discard_unpublished, drop_lease
-from offload.sessions.namespace import Namespace
+from offload.sessions.namespace import Namespace, layout_text
 from offload.sessions.opening import Held
 from offload.sessions.paths import new_id, publish, temporary
 from offload.sessions.root import Root
@@ -282,7 +282,7 @@ def _publish(
     namespace = file.namespace
     db.execute(
         "INSERT OR IGNORE INTO namespaces VALUES (?, ?, ?)",
-        (namespace.digest, namespace.model_digest, file.layout.chunk_tokens),
+        (namespace.digest, namespace.model_digest, layout_text(file.layout)),
     )
     row_of: dict[BlockRef, int] = {}
     if plan.new:

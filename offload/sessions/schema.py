@@ -23,7 +23,7 @@ CREATE TABLE owners (id TEXT PRIMARY KEY, pid INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE namespaces (
     digest BLOB PRIMARY KEY,
     model BLOB NOT NULL,
-    chunk_tokens INTEGER NOT NULL
+    layout TEXT NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX namespaces_by_model ON namespaces (model);
 CREATE TABLE segments (

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +13,7 @@ from torch import Tensor
 from offload.config import parse_size
 from offload.errors import ConfigError, CorruptCatalog, SessionInUse, SessionNotFound
 from offload.sessions import fsck, opening, saving
-from offload.sessions.checking import BadRecord
+from offload.sessions.checking import BadRecord, Expected, RecordChecker, expected_records
 from offload.sessions.garbage import collect, forget_session
 from offload.sessions.ledger import Usage
 from offload.sessions.listing import SessionInfo, list_sessions
@@ -30,9 +31,18 @@ from offload.sessions.session_file import (
     renamed,
     write_session_file,
 )
+from offload.tiers.io_engine import IoEngine
+from offload.tiers.record import RecordFormat
 from offload.tiers.scratch import default_parent
+from offload.types import ChunkLayout
 
 _LOG = logging.getLogger(__name__)
+
+_THREADS = 4
+_MAX_REPAIRS = 8
+"""A root where more than so many reads in a row meet damage has no prefix to offer."""
+
+_BadRecords = list[BadRecord]  # inside the class, ``list`` is its method
 
 Progress = Callable[[int, int], object]
 """Told chunks done, and chunks in all."""
@@ -222,14 +232,52 @@ class SessionStore:
             raise
 
     def find_prefix(
-        self, model_digest: bytes, chunk_tokens: int, token_ids: Tensor
-    ) -> tuple[bytes, Held] | None:
-        """Hold the longest beginning of some rows that is known; see ``OffloadedCache.reuse``."""
-        return opening.find_prefix(self._root, model_digest, chunk_tokens, token_ids)
+        self,
+        model_digest: bytes,
+        chunk_tokens: int,
+        token_ids: Tensor,
+        namespace_of: Callable[[ChunkLayout], bytes],
+        layers: Sequence[int],
+    ) -> tuple[ChunkLayout, Held] | None:
+        """Hold the longest beginning of some rows that is known and good.
+
+        Every record is read and verified; at a bad one the prefix ends, and it is set aside. See
+        ``OffloadedCache.reuse``, which calls this.
+        """
+        root = self._root
+        for _ in range(_MAX_REPAIRS):
+            found = opening.find_prefix(root, model_digest, chunk_tokens, token_ids, namespace_of)
+            if found is None:
+                return None
+            layout, held = found
+            bad = self._check(layout, held, layers)
+            if not bad:
+                return found
+            held.release()
+            self.quarantine(bad)
+        return None
 
     def quarantine(self, bad: Iterable[BadRecord]) -> None:
         """Set damaged records aside, so that no session and no prefix uses them."""
         quarantine_records(self._root.catalog, self._root.paths, bad)
+
+    def recheck(
+        self, path: Path, layout: ChunkLayout, fingerprint: bytes, expected: Iterable[Expected]
+    ) -> None:
+        """Read records once more, one by one, and set those aside that are bad.
+
+        Parameters
+        ----------
+        path : Path
+            Of a segment.
+        layout : ChunkLayout
+        fingerprint : bytes
+        expected : iterable of (index, ChunkInfo)
+        """
+        with closing(IoEngine(1, deadline_s=self._root.deadline_s)) as engine:
+            fmt = RecordFormat(layout, fingerprint)
+            checker = RecordChecker(path, fmt, engine, self._root.deadline_s)
+            self.quarantine(list(checker.check(expected, lambda count: None)))
 
     def close(self) -> None:
         """Let go of everything that this store lent. Idempotent."""
@@ -248,6 +296,16 @@ class SessionStore:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"
+
+    def _check(self, layout: ChunkLayout, held: Held, layers: Sequence[int]) -> _BadRecords:
+        root, fmt = self._root, RecordFormat(layout, held.fingerprint)
+        expected = expected_records(held.rows, held.shapes, layers, layout.chunk_tokens)
+        bad: _BadRecords = []
+        with closing(IoEngine(_THREADS, deadline_s=root.deadline_s)) as engine:
+            for segment, records in expected.items():
+                checker = RecordChecker(root.paths.segment(segment), fmt, engine, root.deadline_s)
+                bad += checker.check(sorted(records.items()), lambda count: None)
+        return bad
 
     def _identity(self, name: str) -> str:
         identity = self._root.find(name)
