@@ -54,7 +54,9 @@ def save(
     """Save a cache; see ``OffloadedCache.save``. Returns the token ids that were kept as well."""
     core.check_open()
     if core.runtime is None:
-        raise ConfigError("the cache is empty: there is nothing to save")
+        raise ConfigError(
+            "there is nothing to save: the cache is empty, or no layer of the model is offloaded"
+        )
     link, runtime = link_to(core, store), core.runtime
     num_rows = next(iter(runtime.layers.values())).tables.num_rows
     ids = _fit_tokens(token_ids, num_rows, common_length(runtime))
