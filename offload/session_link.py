@@ -1,8 +1,8 @@
 """The bond between a running cache and a session store: which of its chunks lie there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,9 +14,11 @@ from offload.sessions.keys import record_id
 from offload.sessions.namespace import Namespace
 from offload.sessions.opening import Held
 from offload.sessions.saving import Column, Content, Saved
-from offload.sessions.session_file import BlockRef
 from offload.sessions.store import SessionStore
-from offload.types import ChunkId, ChunkInfo
+from offload.types import ChunkId, ChunkInfo, SlotId
+
+if TYPE_CHECKING:
+    from offload.sessions.session_file import BlockRef
 
 _TAIL = "tail."
 
@@ -92,11 +94,14 @@ class SessionLink:
         engine, layers = runtime.engine, sorted(runtime.layers)
         engine.stream.drain()
         engine.store.reap()
-        for row in _columns(runtime, layers):
-            for position, column in enumerate(row):
-                ref = saved.refs[column]
-                if self._known.get(column) != ref:
-                    self._adopt_column(engine, saved.held, column, layers, position, ref)
+        columns = {
+            column: position
+            for row in _columns(runtime, layers)
+            for position, column in enumerate(row)
+            if self._known.get(column) != saved.refs[column]
+        }
+        for number, layer in enumerate(layers):
+            engine.store.adopt_copies(_copies(engine, saved, columns, number, layer))
         earlier, self._held = self._held, [saved.held]
         if is_shared:
             self._known.update(saved.refs)
@@ -178,27 +183,6 @@ class SessionLink:
         else:
             self.forget()
 
-    def _adopt_column(
-        self,
-        engine: Engine,
-        held: Held,
-        column: Column,
-        layers: Sequence[int],
-        position: int,
-        ref: BlockRef,
-    ) -> None:
-        if engine.disk is None:
-            return
-        disk = len(engine.tiers) - 1
-        for number, (layer, name) in enumerate(zip(layers, column, strict=True)):
-            chunk = ChunkId(name)
-            slot = engine.store.table[chunk].slots.get(disk)
-            if slot is not None and engine.disk.is_own(slot):
-                path, index = held.place(ref, number)
-                [slot] = engine.disk.adopt(path, held.fingerprint, [index])
-                first = position * engine.layout.chunk_tokens
-                engine.store.adopt_copy(chunk, ChunkInfo(record_id(ref.key), layer, first), slot)
-
 
 def common_length(runtime: Runtime) -> int:
     """Return the tokens per row that every layer holds.
@@ -219,6 +203,22 @@ def _columns(runtime: Runtime, layers: Sequence[int]) -> list[list[Column]]:
     tables = [runtime.layers[index].tables.rows for index in layers]
     num_rows = len(tables[0])
     return [list(zip(*(rows[row] for rows in tables), strict=True)) for row in range(num_rows)]
+
+
+def _copies(
+    engine: Engine, saved: Saved, columns: Mapping[Column, int], number: int, layer: int
+) -> Iterator[tuple[ChunkId, ChunkInfo, SlotId]]:
+    """Adopt the records of one layer's chunks that have a copy of their own on disk."""
+    disk, size = len(engine.tiers) - 1, engine.layout.chunk_tokens
+    if engine.disk is None:
+        return
+    for column, position in columns.items():
+        chunk, ref = ChunkId(column[number]), saved.refs[column]
+        slot = engine.store.table[chunk].slots.get(disk)
+        if slot is not None and engine.disk.is_own(slot):
+            path, index = saved.held.place(ref, number)
+            [slot] = engine.disk.adopt(path, saved.held.fingerprint, [index])
+            yield chunk, ChunkInfo(record_id(ref.key), layer, position * size), slot
 
 
 def _adopt_layer(engine: Engine, held: Held, number: int, layer: int) -> list[list[ChunkId]]:

@@ -134,16 +134,19 @@ class ChunkStore:
         self._arrive(chunk, len(self.tiers) - 1, slot)
         return chunk
 
-    def adopt_copy(self, chunk: ChunkId, info: ChunkInfo, slot: SlotId) -> None:
-        """Exchange the disk copy of a chunk for a record that the disk tier has adopted.
+    def adopt_copies(self, copies: Iterable[tuple[ChunkId, ChunkInfo, SlotId]]) -> None:
+        """Exchange the disk copies of chunks for records that the disk tier has adopted.
 
-        Nothing happens if the chunk has no copy there, or a transfer uses it now.
+        Nothing happens to a chunk that has no copy there, or that a transfer uses now.
         """
-        entry, disk = self.table[chunk], len(self.tiers) - 1
-        if disk in entry.slots and not entry.protect_count:
-            self._drop_copy(chunk, entry, disk)
-            entry.info = info
-            self._arrive(chunk, disk, slot)
+        disk, freed = len(self.tiers) - 1, []
+        for chunk, info, slot in copies:
+            entry = self.table[chunk]
+            if disk in entry.slots and not entry.protect_count:
+                freed.append(entry.slots[disk])
+                entry.slots[disk], entry.info = slot, info
+        self.tiers[disk].free(freed)  # at once: neighbours become one hole
+        self.version += 1
 
     def release(self, chunks: Iterable[ChunkId]) -> None:
         """Drop one reference from each chunk; free those that nobody needs."""

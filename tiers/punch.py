@@ -2,6 +2,8 @@
 
 import ctypes
 import errno
+import functools
+from collections.abc import Callable
 
 _KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02
 
@@ -19,9 +21,17 @@ def punch_hole(fd: int, offset: int, num_bytes: int) -> int:
     offset, num_bytes : int
         Whole blocks of the file system; parts of blocks are zeroed, not given back.
     """
-    libc = ctypes.CDLL(None, use_errno=True)  # Python offers no fallocate(2) with a mode
-    call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
+    call = _fallocate()
     if call is None:
         return errno.ENOSYS
-    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     return 0 if call(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, num_bytes) == 0 else ctypes.get_errno()
+
+
+@functools.cache
+def _fallocate() -> Callable[[int, int, int, int], int] | None:
+    """Return fallocate(2), which Python does not offer with a mode; None where there is none."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
+    if call is not None:
+        call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return call
