@@ -73,6 +73,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture("Qwen3Config"),
     "mistral": Architecture("MistralConfig", {"sliding_window": None}),
     "mistral_sliding": Architecture("MistralConfig", {"sliding_window": 24}, offloads=False),
+    "moshi": Architecture(
+        "MoshiConfig",
+        {"sliding_window": 256, "ffn_dim": 96, "audio_vocab_size": VOCAB_SIZE},
+        offloads=False,
+    ),
     "gemma2": Architecture("Gemma2Config", _hybrid("sliding_attention", query_pre_attn_scalar=16)),
     "gemma3": Architecture(
         "Gemma3TextConfig", _hybrid("sliding_attention", query_pre_attn_scalar=16)

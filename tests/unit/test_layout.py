@@ -41,6 +41,7 @@ HUGGING_FACE = {
     "demo_report",
     "generate",
     "hybrid",
+    "identity",
     "layers",
     "local_model",
     "masks",
@@ -48,6 +49,7 @@ HUGGING_FACE = {
     "prefill",
     "recall_data",
     "recall_model",
+    "resume",
     "support",
 }
 
