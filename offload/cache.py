@@ -171,6 +171,7 @@ class OffloadedCache(Cache):
         *,
         store: SessionStore | str | Path | None = None,
         model: PreTrainedModel | None = None,
+        weights_id: str | None = None,
         token_ids: Tensor | None = None,
         ttl_s: float | None = None,
         pin: bool = False,
@@ -189,6 +190,8 @@ class OffloadedCache(Cache):
             Where to; default: the store this cache came from, else ``SessionStore()``.
         model : PreTrainedModel, optional
             The model that filled the cache. By default it is looked for.
+        weights_id : str, optional
+            Names the weights, such as a revision; instead of a digest of all of them.
         token_ids : Tensor, int [num_rows, num_tokens or more], optional
             What the model was given, from the first token on, all of it attended to (no padding).
             Kept with the session, and other prompts that begin alike then share the chunks.
@@ -210,7 +213,7 @@ class OffloadedCache(Cache):
         """
         found = resume.the_model(model, self._config)
         info, self.token_ids = resume.save(
-            self._core, self.layers, name, store, found, token_ids, ttl_s, pin, progress
+            self._core, self.layers, name, store, found, weights_id, token_ids, ttl_s, pin, progress
         )
         return info
 
@@ -225,6 +228,7 @@ class OffloadedCache(Cache):
         policy: str = "exact",
         capacity: Mapping[str, int | str] | None = None,
         disk_path: str | Path | None = None,
+        weights_id: str | None = None,
     ) -> Self:
         """Return a cache that goes on where a session was saved.
 
@@ -239,6 +243,8 @@ class OffloadedCache(Cache):
         store : SessionStore or path, optional
         tiers, policy, capacity, disk_path
             As for the class; ``"disk"`` must be among the tiers.
+        weights_id : str, optional
+            As for ``save``.
 
         Raises
         ------
@@ -250,7 +256,7 @@ class OffloadedCache(Cache):
         """
         if "disk" not in tiers:
             raise ConfigError(f"a session is read from disk; add 'disk' to tiers={list(tiers)}")
-        opened, owns, file, held = resume.open_session(store, name, model)
+        opened, owns, file, held = resume.open_session(store, name, model, weights_id)
         try:
             cache = cls(
                 tiers,
@@ -281,6 +287,7 @@ class OffloadedCache(Cache):
         model: PreTrainedModel,
         *,
         store: SessionStore | str | Path | None = None,
+        weights_id: str | None = None,
     ) -> int:
         """Fill this empty cache with chunks that some session has for the beginning of a prompt.
 
@@ -293,6 +300,8 @@ class OffloadedCache(Cache):
             The prompt, without padding.
         model : PreTrainedModel
         store : SessionStore or path, optional
+        weights_id : str, optional
+            As for ``save``.
 
         Returns
         -------
@@ -308,7 +317,7 @@ class OffloadedCache(Cache):
         if self._core.runtime is not None:
             raise ConfigError(f"reuse() is for an empty cache; this holds {self.get_seq_length()}")
         self.bind(model.config)
-        return resume.reuse(self._core, self.layers, store, token_ids, model)
+        return resume.reuse(self._core, self.layers, store, token_ids, model, weights_id)
 
     def flush(self) -> None:
         """Wait until every chunk that is on its way to the disk has arrived.

@@ -1,5 +1,6 @@
 """Save a cache as a session, load it again, and reuse what others have saved."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,10 @@ from offload.layer_state import pack_layer, restore_layer
 from offload.layers import OffloadedLayer
 from offload.session_link import SessionLink, common_length
 from offload.sessions.listing import SessionInfo
-from offload.sessions.namespace import Namespace, make_namespace, model_digest, model_fields
+from offload.sessions.namespace import make_namespace, model_digest, model_fields
 from offload.sessions.opening import Held
 from offload.sessions.session_file import SessionFile
 from offload.sessions.store import SessionStore
-from offload.types import ChunkLayout
 
 Store = SessionStore | str | Path | None
 
@@ -46,6 +46,7 @@ def save(
     name: str,
     store: Store,
     model: PreTrainedModel,
+    weights_id: str | None,
     token_ids: Tensor | None,
     ttl_s: float | None,
     pin: bool,
@@ -67,7 +68,8 @@ def save(
         if packed:
             tensors.update(found)
             state[str(index)] = packed
-    namespace = _namespace(model, runtime.engine.layout, sorted(runtime.layers), link.store.salt)
+    facts, salt = _identity(model, weights_id), link.store.salt
+    namespace = make_namespace(facts, runtime.engine.layout, sorted(runtime.layers), salt)
     with runtime.engine.lock:
         content = link.content(runtime, namespace, ids, tensors, state)
         saved = link.store.save(name, content, ttl_s=ttl_s, pin=pin, progress=progress)
@@ -76,7 +78,7 @@ def save(
 
 
 def open_session(
-    store: Store, name: str, model: PreTrainedModel
+    store: Store, name: str, model: PreTrainedModel, weights_id: str | None
 ) -> tuple[SessionStore, bool, SessionFile, Held]:
     """Open a session for a model.
 
@@ -94,7 +96,8 @@ def open_session(
     try:
         file, held = opened.open(name)
         try:
-            expected = _namespace(model, file.layout, list(file.layers), opened.salt)
+            facts, layers = _identity(model, weights_id), list(file.layers)
+            expected = make_namespace(facts, file.layout, layers, opened.salt)
             difference = file.namespace.difference(expected)
             if difference is not None:
                 raise NamespaceMismatch(f"session {name!r} does not fit the model: {difference}")
@@ -140,7 +143,12 @@ def restore(
 
 
 def reuse(
-    core: CacheCore, layers: list[Any], store: Store, token_ids: Tensor, model: PreTrainedModel
+    core: CacheCore,
+    layers: list[Any],
+    store: Store,
+    token_ids: Tensor,
+    model: PreTrainedModel,
+    weights_id: str | None,
 ) -> int:
     """Fill an empty cache with the longest known prefix; see ``OffloadedCache.reuse``."""
     ours = [i for i, layer in enumerate(layers) if isinstance(layer, OffloadedLayer)]
@@ -149,13 +157,13 @@ def reuse(
         return 0  # a window or a recurrent state cannot be had for a prefix
     link = link_to(core, store)
     size, salt = core.config.chunk_tokens, link.store.salt
-    fields = model_fields(_identity(model), salt)
+    facts = _identity(model, weights_id)
     usable = ids[:, : max(0, ids.shape[1] - 1)]  # one token is left to ask the model about
     found = link.store.find_prefix(
-        model_digest(fields),
+        model_digest(model_fields(facts, salt)),
         size,
         usable,
-        lambda layout: _namespace(model, layout, ours, salt).digest,
+        lambda layout: make_namespace(facts, layout, ours, salt).digest,
         ours,
     )
     if found is None:
@@ -187,20 +195,8 @@ def the_model(model: Any, config: Any) -> PreTrainedModel:
     return find_model(config)
 
 
-def _identity(model: PreTrainedModel) -> Mapping[str, str]:
-    found = identify(model)
-    return {
-        "config": found.config,
-        "rotary": found.rotary,
-        "weights": found.weights,
-        "dtype": found.dtype,
-    }
-
-
-def _namespace(
-    model: PreTrainedModel, layout: ChunkLayout, layers: list[int], salt: str
-) -> Namespace:
-    return make_namespace(_identity(model), layout, layers, salt)
+def _identity(model: PreTrainedModel, weights_id: str | None) -> Mapping[str, str]:
+    return dataclasses.asdict(identify(model, weights_id))
 
 
 def _as_rows(token_ids: Tensor) -> Tensor:
