@@ -38,7 +38,10 @@ class OffloadedCache(Cache):
         Ordered, non-empty subset of ``["gpu", "cpu", "disk"]``. ``"gpu"`` is the device of the
         model, also where that is the CPU.
     policy : str
-        ``"exact"``: every query attends to every key.
+        ``"exact"``: every query attends to every key. ``"adaptive"``: decoding reads the keys that
+        matter and estimates the others.
+    budget : float or int, optional
+        What a sparse policy reads per query: a share of the context, or a number of tokens.
     capacity : mapping of str to int or str, optional
         Hard limit per tier, such as ``{"gpu": "2GiB", "cpu": "8GiB", "disk": "200GiB"}``. Tiers
         that are not named get a share of what is free, never more than half.
@@ -61,12 +64,13 @@ class OffloadedCache(Cache):
         tiers: Sequence[str],
         *,
         policy: str = "exact",
+        budget: float | int | None = None,
         capacity: Mapping[str, int | str] | None = None,
         disk_path: str | Path | None = None,
         chunk_tokens: int = 64,
         config: Any = None,
     ) -> None:
-        core = CacheCore(check_settings(tiers, policy, capacity, disk_path, chunk_tokens))
+        core = CacheCore(check_settings(tiers, policy, capacity, disk_path, chunk_tokens, budget))
         self._adopt(core, [])
         if config is not None:
             try:
@@ -226,6 +230,7 @@ class OffloadedCache(Cache):
         store: SessionStore | str | Path | None = None,
         tiers: Sequence[str] = ("gpu", "cpu", "disk"),
         policy: str = "exact",
+        budget: float | int | None = None,
         capacity: Mapping[str, int | str] | None = None,
         disk_path: str | Path | None = None,
         weights_id: str | None = None,
@@ -241,7 +246,7 @@ class OffloadedCache(Cache):
         model : PreTrainedModel
             The one that the cache is for; it must be equal to the one that filled it.
         store : SessionStore or path, optional
-        tiers, policy, capacity, disk_path
+        tiers, policy, budget, capacity, disk_path
             As for the class; ``"disk"`` must be among the tiers.
         weights_id : str, optional
             As for ``save``.
@@ -261,6 +266,7 @@ class OffloadedCache(Cache):
             cache = cls(
                 tiers,
                 policy=policy,
+                budget=budget,
                 capacity=capacity,
                 disk_path=disk_path,
                 chunk_tokens=file.layout.chunk_tokens,

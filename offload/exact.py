@@ -1,7 +1,7 @@
 """The exact policy: every query sees every key, wherever the key lives."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,12 +64,14 @@ def attend(
     appended: Appended,
     num_past_tokens: int,
     key_dim: int,
+    sparse: Sequence[Partial] = (),
 ) -> Tensor:
     """Attend to the past chunks, the tail and the new tokens, and merge.
 
     Past chunks are attended in the order in which they come; at any time one group of them is on
     the device besides what lives there. ``call.expand`` is applied to what was cached, not to the
-    new tokens' own keys and values, which the model has expanded itself.
+    new tokens' own keys and values, which the model has expanded itself. ``sparse`` is attention
+    over past chunks that are not among them.
 
     Returns
     -------
@@ -79,7 +81,7 @@ def attend(
     num_tail = appended.tail.shape[2]
     num_new = 0 if appended.keys is None else appended.keys.shape[2]
     first_query = num_past_tokens + num_tail + num_new - query.shape[2]
-    parts: list[Partial] = []
+    parts: list[Partial] = list(sparse)
     if appended.keys is not None and appended.values is not None:
         start = num_past_tokens + num_tail
         new = (appended.keys.unsqueeze(1), appended.values.unsqueeze(1))

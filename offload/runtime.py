@@ -13,10 +13,10 @@ from offload.prefetch.plan import LayerPlan, LoadGroup, plan_layer
 from offload.sequence import Appended, LayerSequence, check_states
 from offload.stats import CacheStats, TierStats
 from offload.tiers.pool import grid_view
-from offload.types import ChunkId, SlotId
+from offload.types import ChunkId, Partial, SlotId
 
-_PlanKey = tuple[int, int, int, int]
-"""Versions of the row lists and of the store, and the visible range: what a plan depends on."""
+_PlanKey = tuple[int, int, range, range]
+"""Versions of the row lists and of the store, what is visible, and what of it is not streamed."""
 
 
 class Runtime:
@@ -67,11 +67,28 @@ class Runtime:
                 return sequence.append(keys, values)
 
     def attend(self, index: int, call: AttentionCall, appended: Appended) -> Tensor:
-        """Attend with exact results; see ``offload.exact.attend``."""
+        """Attend to all that the preset reads; see ``offload.exact.attend``."""
         layout = self.engine.layout
         num_past = appended.num_past_chunks * layout.chunk_tokens
-        with self.engine.lock, closing(self._past(index, call, appended)) as past:
-            return attend(call, past, appended, num_past, layout.key_dim)
+        with self.engine.lock:
+            sparse, skipped = self._retrieve(index, call, appended)
+            with closing(self._past(index, call, appended, skipped)) as past:
+                return attend(call, past, appended, num_past, layout.key_dim, sparse)
+
+    def _retrieve(
+        self, index: int, call: AttentionCall, appended: Appended
+    ) -> tuple[list[Partial], range]:
+        """Return attention over chunks that are read sparsely, and which these are."""
+        retrieval = self.engine.retrieval
+        if retrieval is None:
+            return [], range(0)
+        number = list(self.layers).index(index)
+        covered = retrieval.covered(number, call, appended.num_past_chunks)
+        if not covered:
+            return [], covered
+        rows = self.layers[index].tables.rows
+        context = self.layers[index].num_tokens
+        return [retrieval.attend(call, rows, covered, context)], covered
 
     def select(self, index: int, indices: Sequence[int]) -> None:
         """Make row ``i`` of one layer a copy of its row ``indices[i]``.
@@ -154,7 +171,7 @@ class Runtime:
         self._num_layers = num_layers
 
     def _past(
-        self, index: int, call: AttentionCall, appended: Appended
+        self, index: int, call: AttentionCall, appended: Appended, skipped: range
     ) -> Generator[PastChunks, None, None]:
         """Yield the past chunks that the call can see: first those in place, then the streamed."""
         layout, size = self.engine.layout, self.engine.layout.chunk_tokens
@@ -162,7 +179,7 @@ class Runtime:
         total = appended.num_past_chunks * size + appended.tail.shape[2] + num_new
         first_query = total - call.query.shape[2]
         visible = visible_chunks(appended.num_past_chunks, size, first_query, call.window)
-        plan = self._plan(index, visible)
+        plan = self._plan(index, visible, skipped)
         batch, pool = self._batch, self.engine.device_pool
         for run in plan.runs:
             assert pool is not None
@@ -170,21 +187,27 @@ class Runtime:
             yield PastChunks(run.start * size, rows)
         if not plan.groups:
             return
-        upcoming = self._upcoming(index, call.window)
+        upcoming = [] if skipped else self._upcoming(index, call.window)
         for group, buffer in self.engine.stream.read(plan.groups, upcoming):
             staged = self.engine.loader.buffers[buffer]
             rows = grid_view(staged, 0, (1, batch), (batch, group.count), layout)
             yield PastChunks(group.start * size, rows)
 
-    def _plan(self, index: int, visible: range) -> LayerPlan:
+    def _plan(self, index: int, visible: range, skipped: range = range(0)) -> LayerPlan:
         tables, store = self.layers[index].tables, self.engine.store
-        key = (tables.version, store.version, visible.start, visible.stop)
+        key = (tables.version, store.version, visible, skipped)
         known = self._plans.get(index)
         if known is not None and known[0] == key:
             return known[1]
-        rows = [row[: visible.stop] for row in tables.rows]
-        slots = [[self._device_slot(chunk) for chunk in row] for row in rows]
-        plan = plan_layer(rows, slots, self.engine.buffer_chunks, visible.start)
+        plans = []
+        for part in _without(visible, skipped):
+            rows = [row[: part.stop] for row in tables.rows]
+            slots = [[self._device_slot(chunk) for chunk in row] for row in rows]
+            plans.append(plan_layer(rows, slots, self.engine.buffer_chunks, part.start))
+        plan = LayerPlan(
+            tuple(run for each in plans for run in each.runs),
+            tuple(group for each in plans for group in each.groups),
+        )
         self._plans[index] = (key, plan)
         return plan
 
@@ -200,6 +223,15 @@ class Runtime:
         past = sequence.tables.num_positions
         visible = visible_chunks(past, size, sequence.num_tokens, window)
         return self._plan(following, visible).groups
+
+
+def _without(whole: range, part: range) -> list[range]:
+    """Return what is left of a range without a part of it."""
+    if not part:
+        return [whole]
+    before = range(whole.start, min(whole.stop, part.start))
+    after = range(max(whole.start, part.stop), whole.stop)
+    return [left for left in (before, after) if left]
 
 
 def _collect(runtime: Runtime) -> CacheStats:
@@ -228,4 +260,7 @@ def _collect(runtime: Runtime) -> CacheStats:
         prefetch_hit_rate=counters.prefetched_groups / asked if asked else 0.0,
         promoted_chunks=counters.promoted_chunks,
         demoted_chunks=counters.demoted_chunks,
+        failed_stores=counters.failed_stores,
+        unneeded_failures=counters.unneeded_failures,
+        rescued_chunks=counters.rescued_chunks,
     )

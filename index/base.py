@@ -1,0 +1,131 @@
+"""The contract of an index: keys in, the tokens a query needs out, and an estimate of the rest."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from offload.types import Partial
+
+NO_TOKEN = -1
+"""Fills the places of heads that found fewer tokens than others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """What a search found.
+
+    Attributes
+    ----------
+    ids : Tensor, int64 [num_heads, num_hits]
+        Tokens, counted from the first of the index, in no order; ``NO_TOKEN`` where a head has
+        fewer.
+    scanned_bytes : int
+        Bytes of the index that the search read, for all heads.
+    """
+
+    ids: Tensor
+    scanned_bytes: int
+
+    @property
+    def found(self) -> Tensor:
+        """Bool [num_heads, num_hits]: which places hold a token."""
+        return self.ids >= 0
+
+
+class KeyIndex(ABC):
+    """An immutable index over a run of tokens of one layer and row, for all its KV heads.
+
+    Indexes of consecutive runs are joined with ``join``, so that what was indexed while it grew is
+    searched as one. Searching does not change an index: any number of threads may do it.
+
+    Attributes
+    ----------
+    num_heads, num_tokens : int
+        KV heads, and tokens per head.
+    """
+
+    num_heads: int
+    num_tokens: int
+
+    @classmethod
+    @abstractmethod
+    def build(cls, keys: Tensor, values: Tensor, **options: object) -> Self:
+        """Index a run of tokens.
+
+        Parameters
+        ----------
+        keys : Tensor, shape (num_heads, num_tokens, key_dim)
+            As they are attended: after the rotary embedding.
+        values : Tensor, shape (num_heads, num_tokens, value_dim)
+
+        Raises
+        ------
+        ConfigError
+            A key or value is not finite.
+        """
+
+    @classmethod
+    @abstractmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Return one index over consecutive runs; equal to having searched them together."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes that stay resident."""
+
+    @abstractmethod
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return what the index consists of, to be written beside the chunks it summarises."""
+
+    @abstractmethod
+    def search(self, query: Tensor, budget: int) -> Hits:
+        """Return the tokens that the queries of each head need most.
+
+        Parameters
+        ----------
+        query : Tensor, shape (num_heads, num_queries, key_dim), float32
+            Scaled: ``query @ key`` is the logit. The queries of a group share what is found;
+            their scores are combined after the softmax of each, never before.
+        budget : int
+            Tokens per head, at most.
+        """
+
+    def tail(self, query: Tensor, hits: Hits, have: Tensor, values: Tensor) -> Partial | None:
+        """Estimate attention over every token that was not read; None if this method cannot.
+
+        Parameters
+        ----------
+        query : Tensor
+            As for ``search``.
+        hits : Hits
+            What ``search`` found for it.
+        have : Tensor, bool [num_heads, num_hits]
+            Which of them were read; the others count as not read.
+        values : Tensor, shape (num_heads, num_hits, value_dim)
+            Of those that were read.
+
+        Returns
+        -------
+        Partial
+            ``out`` [num_heads, num_queries, value_dim], ``lse`` [num_heads, num_queries].
+        """
+        return None
+
+
+def combine_group(logits: Tensor) -> Tensor:
+    """Return one score per key for a group of queries: the largest share any of them gives it.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (num_heads, num_queries, num_keys)
+
+    Returns
+    -------
+    Tensor, shape (num_heads, num_keys)
+    """
+    return torch.softmax(logits, -1).amax(1)

@@ -1,0 +1,224 @@
+"""Clusters of a segment's keys, and attention estimated from their means.
+
+RetroInfer's wave index (arXiv 2505.02922, section 4): centroids, counts and value sums per cluster;
+clusters are fetched whole by the share of the centroid's softmax, and the rest are estimated as if
+all their keys were the centroid. Here every cluster that is not read is estimated, not only the
+next 23 %, and means are kept in eight bits.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from offload.errors import ConfigError
+from offload.index.base import Hits, KeyIndex, combine_group
+from offload.index.kmeans import cluster_means, spherical_kmeans
+from offload.types import Partial
+
+SEGMENT_TOKENS = 8192
+"""Keys that are clustered together; a longer run is cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clusters:
+    """Clusters of consecutive segments.
+
+    Attributes
+    ----------
+    centroids, value_means : Tensor, int8 [num_heads, num_clusters, dim]
+    centroid_scale, value_scale : Tensor, float16 [num_heads, num_clusters]
+        Times these, the means of keys and values.
+    counts : Tensor, int16 [num_heads, num_clusters]
+    assignment : Tensor, uint8 or int16 [num_heads, num_tokens]
+        Cluster of each token, counted within its segment.
+    sizes : tuple of (int, int)
+        Tokens and clusters of each segment.
+    """
+
+    centroids: Tensor
+    centroid_scale: Tensor
+    value_means: Tensor
+    value_scale: Tensor
+    counts: Tensor
+    assignment: Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of it."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+        names = (
+            "centroids",
+            "centroid_scale",
+            "value_means",
+            "value_scale",
+            "counts",
+            "assignment",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def key_means(self) -> Tensor:
+        """Return the centroids, float32."""
+        return self.centroids.float() * self.centroid_scale.float().unsqueeze(-1)
+
+    def means_of_values(self) -> Tensor:
+        """Return the value means, float32."""
+        return self.value_means.float() * self.value_scale.float().unsqueeze(-1)
+
+    def cluster_of(self) -> Tensor:
+        """Return the cluster of each token, counted over all segments, int64."""
+        first, offsets = 0, []
+        for num_tokens, num_clusters in self.sizes:
+            offsets.append(torch.full((num_tokens,), first))
+            first += num_clusters
+        return self.assignment.long() + torch.cat(offsets).to(self.assignment.device)
+
+
+def build_clusters(keys: Tensor, values: Tensor, tokens_per_cluster: int) -> Clusters:
+    """Cluster the keys of each segment.
+
+    Parameters
+    ----------
+    keys : Tensor, shape (num_heads, num_tokens, key_dim)
+    values : Tensor, shape (num_heads, num_tokens, value_dim)
+    tokens_per_cluster : int
+        On average.
+
+    Raises
+    ------
+    ConfigError
+        A key or value is not finite.
+    """
+    for name, rows in (("key", keys), ("value", values)):
+        if not bool(torch.isfinite(rows).all()):
+            head, token, _ = (~torch.isfinite(rows)).nonzero()[0].tolist()
+            raise ConfigError(f"the {name} of token {token}, head {head} is not finite")
+    parts = [
+        _build_segment(
+            keys[:, start : start + SEGMENT_TOKENS].float(),
+            values[:, start : start + SEGMENT_TOKENS].float(),
+            tokens_per_cluster,
+        )
+        for start in range(0, keys.shape[1], SEGMENT_TOKENS)
+    ]
+    return join_clusters(parts)
+
+
+def join_clusters(parts: Sequence[Clusters]) -> Clusters:
+    """Return the clusters of consecutive runs as one."""
+    if len(parts) == 1:
+        return parts[0]
+    named = [part.tensors() for part in parts]
+    joined = {name: torch.cat([tensors[name] for tensors in named], 1) for name in named[0]}
+    return Clusters(**joined, sizes=tuple(size for part in parts for size in part.sizes))
+
+
+def _build_segment(keys: Tensor, values: Tensor, tokens_per_cluster: int) -> Clusters:
+    num_tokens = keys.shape[1]
+    num_clusters = max(1, num_tokens // tokens_per_cluster)
+    assignment, centroids = spherical_kmeans(keys, num_clusters)
+    means, counts = cluster_means(values, assignment, num_clusters)
+    narrow = torch.uint8 if num_clusters <= 256 else torch.int16
+    return Clusters(
+        *_to_int8(centroids),
+        *_to_int8(means),
+        counts.to(torch.int16),
+        assignment.to(narrow),
+        ((num_tokens, num_clusters),),
+    )
+
+
+def _to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    scale = (rows.abs().amax(-1) / 127).clamp_min(1e-7).to(torch.float16)
+    return (rows / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scale
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterIndex(KeyIndex):
+    """Fetches whole clusters and estimates the others.
+
+    Parameters
+    ----------
+    clusters : Clusters
+    """
+
+    clusters: Clusters
+
+    @classmethod
+    def build(cls, keys: Tensor, values: Tensor, **options: object) -> Self:  # noqa: D102
+        return cls(build_clusters(keys, values, int(str(options.get("tokens_per_cluster", 16)))))
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:  # noqa: D102
+        return cls(join_clusters([part.clusters for part in parts]))
+
+    @property
+    def num_heads(self) -> int:  # type: ignore[override]
+        """KV heads."""
+        return self.clusters.counts.shape[0]
+
+    @property
+    def num_tokens(self) -> int:  # type: ignore[override]
+        """Tokens per head."""
+        return self.clusters.assignment.shape[1]
+
+    @property
+    def num_bytes(self) -> int:  # noqa: D102
+        return self.clusters.num_bytes
+
+    def tensors(self) -> Mapping[str, Tensor]:  # noqa: D102
+        return self.clusters.tensors()
+
+    def search(self, query: Tensor, budget: int) -> Hits:  # noqa: D102
+        clusters = self.clusters
+        shares = combine_group(torch.bmm(query, clusters.key_means().transpose(1, 2)))
+        return Hits(
+            best_tokens(shares, clusters.cluster_of(), min(budget, self.num_tokens)),
+            clusters.centroids.numel() + 2 * clusters.centroid_scale.numel(),
+        )
+
+    def tail(self, query: Tensor, hits: Hits, have: Tensor, values: Tensor) -> Partial | None:  # noqa: D102
+        return cluster_tail(self.clusters, query, hits, have, values)
+
+
+def best_tokens(shares: Tensor, cluster_of: Tensor, budget: int) -> Tensor:
+    """Return the tokens of the best clusters, as many as the budget allows, int64."""
+    scores = shares.gather(1, cluster_of)
+    return scores.topk(budget, dim=1).indices
+
+
+def cluster_tail(
+    clusters: Clusters, query: Tensor, hits: Hits, have: Tensor, values: Tensor
+) -> Partial:
+    """Estimate all tokens that were not read as copies of their cluster's means.
+
+    The mean of the values that are left in a cluster is exact: those that were read are known.
+    """
+    logits = torch.bmm(query, clusters.key_means().transpose(1, 2))
+    counts, means = remaining(clusters, hits, have, values)
+    logits = logits + counts.log().unsqueeze(1)
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp()
+    return Partial(torch.bmm(weights, means), lse)
+
+
+def remaining(
+    clusters: Clusters, hits: Hits, have: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return count and value mean of the tokens of each cluster that were not read."""
+    counts, means = clusters.counts.float(), clusters.means_of_values()
+    read = have & hits.found
+    number = clusters.cluster_of().gather(1, hits.ids.clamp_min(0))
+    taken = torch.zeros_like(counts).scatter_add_(1, number, read.float())
+    gone = torch.zeros_like(means).scatter_add_(
+        1, number.unsqueeze(-1).expand_as(values), values.float() * read.unsqueeze(-1)
+    )
+    left = (counts - taken).clamp_min(0)
+    rest = (means * counts.unsqueeze(-1) - gone) / left.clamp_min(1).unsqueeze(-1)
+    return left, rest * (left > 0).unsqueeze(-1)

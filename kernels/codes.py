@@ -1,0 +1,134 @@
+"""Codes of one or two bits per dimension for directions, and inner products with them.
+
+A vector is rotated at random, each coordinate of its direction is rounded to one of two or four
+levels, and the length is scaled so that inner products with the coded direction are unbiased
+(RaBitQ, Gao and Long 2024, section 3; the scale is ``|r| / <code, direction>``).
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+_EDGES = {1: (0.0,), 2: (-0.9816, 0.0, 0.9816)}
+_LEVELS = {1: (-1.0, 1.0), 2: (-1.51, -0.4528, 0.4528, 1.51)}
+"""Where a standard normal coordinate is cut, and what stands for each part (Lloyd-Max)."""
+
+_MIN_COSINE = 0.05
+
+
+class Codes(NamedTuple):
+    """Coded vectors.
+
+    Attributes
+    ----------
+    bits : Tensor, uint8 [..., num_bytes]
+        Levels of the coordinates, lowest first.
+    scale : Tensor, float16 [...]
+        Times the inner product with the levels, it estimates the inner product with the vector.
+    """
+
+    bits: Tensor
+    scale: Tensor
+
+
+@functools.cache
+def rotation(dim: int, seed: int = 0) -> Tensor:
+    """Return a random orthogonal matrix ``[dim, dim]``, float32 on the CPU; always the same."""
+    generator = torch.Generator().manual_seed(seed)
+    turned: Tensor = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
+    return turned
+
+
+def encode(rotated: Tensor, num_bits: int, *, unbiased: bool) -> Codes:
+    """Code vectors that were rotated.
+
+    Parameters
+    ----------
+    rotated : Tensor, shape (..., dim), float32
+        ``dim * num_bits`` is a multiple of 8.
+    num_bits : {1, 2}
+    unbiased : bool
+        Scale for unbiased inner products (keys); else for the least squared error (values).
+
+    Returns
+    -------
+    Codes
+    """
+    dim = rotated.shape[-1]
+    edges = torch.tensor(_EDGES[num_bits], device=rotated.device)
+    direction = normalize(rotated, dim=-1) * math.sqrt(dim)
+    numbers = torch.bucketize(direction, edges)
+    levels = torch.tensor(_LEVELS[num_bits], device=rotated.device)[numbers]
+    along = (levels * rotated).sum(-1)
+    if unbiased:
+        cosine = along / (levels.norm(dim=-1) * rotated.norm(dim=-1)).clamp_min(1e-30)
+        squared = rotated.square().sum(-1)
+        scale = torch.where(cosine > _MIN_COSINE, squared / along.clamp_min(1e-30), 0.0)
+    else:
+        scale = along / levels.square().sum(-1)
+    return Codes(_pack(numbers.to(torch.uint8), num_bits), scale.to(torch.float16))
+
+
+def inner_products(query: Tensor, codes: Codes, num_bits: int) -> Tensor:
+    """Estimate the inner products of queries with coded vectors.
+
+    Parameters
+    ----------
+    query : Tensor, shape (num_heads, num_queries, dim), float32
+        Rotated as the vectors were.
+    codes : Codes
+        ``bits`` [num_heads, num_vectors, num_bytes].
+
+    Returns
+    -------
+    Tensor, shape (num_heads, num_queries, num_vectors)
+    """
+    levels = unpack(codes.bits, num_bits, query.shape[-1])
+    return torch.bmm(query, levels.transpose(1, 2)) * codes.scale.float().unsqueeze(1)
+
+
+def decode(codes: Codes, num_bits: int, dim: int) -> Tensor:
+    """Return the vectors that codes stand for, ``[..., dim]``, rotated."""
+    return unpack(codes.bits, num_bits, dim) * codes.scale.float().unsqueeze(-1)
+
+
+def unpack(bits: Tensor, num_bits: int, dim: int) -> Tensor:
+    """Return the levels of packed codes, float32 ``[..., dim]``."""
+    levels: Tensor = _table(num_bits).to(bits.device)[bits.to(torch.int64)]
+    return levels.flatten(-2)[..., :dim]
+
+
+def noise(num_bits: int, dim: int) -> float:
+    """Return the standard deviation of an estimated inner product, per unit of both lengths.
+
+    Of the estimate for a vector of length ``scale * |levels|``; a coded direction has the cosine
+    ``c`` with the true one, and what is missing is spread over the other dimensions (RaBitQ,
+    theorem 3.2, with its bound replaced by the deviation).
+    """
+    cosine = {1: 0.7979, 2: 0.9402}[num_bits]
+    return math.sqrt(1 - cosine**2) / math.sqrt(max(1, dim - 1))
+
+
+def level_norm(num_bits: int, dim: int) -> float:
+    """Return the usual length of the levels of one vector."""
+    return math.sqrt(dim) * {1: 1.0, 2: 0.9402}[num_bits]
+
+
+def _pack(numbers: Tensor, num_bits: int) -> Tensor:
+    per_byte = 8 // num_bits
+    groups = numbers.unflatten(-1, (-1, per_byte))
+    shifts = torch.arange(per_byte, device=numbers.device, dtype=torch.uint8) * num_bits
+    return (groups << shifts).sum(-1).to(torch.uint8)
+
+
+@functools.cache
+def _table(num_bits: int) -> Tensor:
+    """Return the levels of every byte, float32 ``[256, 8 // num_bits]``."""
+    per_byte = 8 // num_bits
+    shifts = torch.arange(per_byte) * num_bits
+    numbers = torch.arange(256).unsqueeze(1) >> shifts & (1 << num_bits) - 1
+    return torch.tensor(_LEVELS[num_bits])[numbers]
