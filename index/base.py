@@ -25,10 +25,13 @@ class Hits:
         fewer.
     scanned_bytes : int
         Bytes of the index that the search read, for all heads.
+    state : object
+        What ``tail`` of the same index can use again.
     """
 
     ids: Tensor
     scanned_bytes: int
+    state: object = None
 
     @property
     def found(self) -> Tensor:

@@ -6,13 +6,14 @@ from torch.nn.functional import normalize
 
 
 def spherical_kmeans(
-    keys: Tensor, num_clusters: int, num_iterations: int = 6
+    keys: Tensor, num_clusters: int, num_iterations: int = 5, sample_step: int = 4
 ) -> tuple[Tensor, Tensor]:
     """Group keys by direction.
 
     Centroids start at evenly spaced keys, which costs nothing and is the same every time; keys go
     to the centroid with the largest cosine; a centroid is the mean of its keys, lengths included.
-    A centroid that loses all keys stays where it is. As in RetroInfer (section 4.1), but within a
+    All but the last round look at a sample of the keys: neighbours are alike. A centroid that loses
+    all keys stays where it is. As in RetroInfer (section 4.1), but within a
     segment only, so that a segment never changes once it is built.
 
     Parameters
@@ -21,6 +22,8 @@ def spherical_kmeans(
     num_clusters : int
         At most ``num_tokens``.
     num_iterations : int
+    sample_step : int
+        Every how many keys are in the sample.
 
     Returns
     -------
@@ -28,14 +31,13 @@ def spherical_kmeans(
     centroids : Tensor, shape (num_heads, num_clusters, key_dim)
         Means of the keys assigned to each; zero where there are none.
     """
-    num_heads, num_tokens = keys.shape[:2]
+    num_tokens = keys.shape[1]
     starts = torch.arange(num_clusters, device=keys.device) * num_tokens // num_clusters
     centroids = keys[:, starts]
     directions = normalize(keys, dim=-1)
-    assignment = torch.zeros(num_heads, num_tokens, dtype=torch.int64, device=keys.device)
+    sample, seen = keys[:, ::sample_step], directions[:, ::sample_step]
     for _ in range(num_iterations):
-        assignment = _nearest(directions, centroids)
-        means, counts = cluster_means(keys, assignment, num_clusters)
+        means, counts = cluster_means(sample, _nearest(seen, centroids), num_clusters)
         centroids = torch.where(counts.unsqueeze(-1) > 0, means, centroids)
     assignment = _nearest(directions, centroids)
     return assignment, cluster_means(keys, assignment, num_clusters)[0]

@@ -53,7 +53,7 @@ class Settings:
 
     num_bits: int = 2
     tokens_per_cluster: int = 32
-    scan: float = 0.3
+    scan: float = 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class ResidualIndex(KeyIndex):
         }
 
     def search(self, query: Tensor, budget: int) -> Hits:  # noqa: D102
-        estimate = self._estimate(query)
+        estimate = self._estimate(query, budget)
         shares = (estimate.logits - estimate.lse.unsqueeze(-1)).exp().amax(1)
         number = self.clusters.cluster_of().gather(1, estimate.tokens)
         missed = self.spread.float().gather(1, number)
@@ -159,10 +159,11 @@ class ResidualIndex(KeyIndex):
         ids = estimate.tokens.gather(1, best.indices)
         scanned = estimate.valid.sum() * (self.keys.bits.shape[-1] + 2)
         means = self.clusters.centroids.numel() + 2 * self.clusters.centroid_scale.numel()
-        return Hits(torch.where(best.values >= 0, ids, NO_TOKEN), int(scanned) + means)
+        return Hits(torch.where(best.values >= 0, ids, NO_TOKEN), int(scanned) + means, estimate)
 
     def tail(self, query: Tensor, hits: Hits, have: Tensor, values: Tensor) -> Partial | None:  # noqa: D102
-        estimate = self._estimate(query)
+        estimate = hits.state
+        assert isinstance(estimate, _Estimate)
         read = torch.zeros(
             self.num_heads, self.num_tokens + 1, dtype=torch.bool, device=query.device
         )
@@ -184,15 +185,15 @@ class ResidualIndex(KeyIndex):
         )
         return Partial(out + torch.bmm(token_weights, residuals), lse)
 
-    def _estimate(self, query: Tensor) -> "_Estimate":
-        """Score clusters, then the tokens of the best of them."""
+    def _estimate(self, query: Tensor, budget: int) -> "_Estimate":
+        """Score clusters, then the tokens of the best of them: more of these than are wanted."""
         clusters = self.clusters
         logits = torch.bmm(query, clusters.key_means().transpose(1, 2))
         masses = logits + clusters.counts.float().log().unsqueeze(1)
         lse = masses.logsumexp(-1, keepdim=True)
         order = (masses - lse).exp().amax(1).argsort(1, descending=True)
         counts = clusters.counts.long().gather(1, order)
-        wanted = max(1, int(self.settings.scan * self.num_tokens))
+        wanted = max(int(self.settings.scan * self.num_tokens), 2 * budget)
         chosen = counts.cumsum(1) - counts < wanted
         scanned = torch.zeros_like(chosen).scatter_(1, order, chosen)
         number = clusters.cluster_of()

@@ -103,6 +103,9 @@ class Retrieval:
         num_heads, num_queries, key_dim = query.shape
         grouped = query.reshape(layout.num_kv_heads, -1, key_dim).float() * scale
         hits = index.search(grouped, self.plan.tokens(context))
+        counters = self._store.counters
+        counters.covered_tokens += index.num_tokens * index.num_heads
+        counters.retrieved_tokens += int(hits.found.sum())
         rows = gather_tokens(self._store, self._device, chunks, hits.ids.cpu()).float()
         keys, values = rows[..., :key_dim], rows[..., key_dim:]
         logits = torch.bmm(grouped, keys.transpose(1, 2))

@@ -21,6 +21,15 @@ class Counters:
         Loads that failed but were not needed after all.
     promoted_chunks, demoted_chunks : int
         Chunks moved one tier up and down after their first placement.
+    failed_stores : int
+        Writes to the disk, of one or more chunks, that failed.
+    unneeded_failures : int
+        Those of chunks that nobody needed any more, which raised no error.
+    rescued_chunks : int
+        Chunks of failed stores that found room on a faster tier.
+    covered_tokens, retrieved_tokens : int
+        Tokens, per KV head and call, that sparse attention was responsible for, and those of them
+        that it read.
     """
 
     loaded_bytes: dict[str, int] = field(default_factory=dict)
@@ -32,6 +41,11 @@ class Counters:
     failed_prefetches: int = 0
     promoted_chunks: int = 0
     demoted_chunks: int = 0
+    failed_stores: int = 0
+    unneeded_failures: int = 0
+    rescued_chunks: int = 0
+    covered_tokens: int = 0
+    retrieved_tokens: int = 0
 
     def add_loaded(self, tier: str, num_bytes: int) -> None:
         """Count bytes read from a tier."""
@@ -84,6 +98,12 @@ class CacheStats:
     prefetch_hit_rate : float
         Share of streamed groups whose load had started before they were asked for.
     promoted_chunks, demoted_chunks : int
+    failed_stores, unneeded_failures, rescued_chunks : int
+        See ``Counters``.
+    covered_tokens, retrieved_tokens : int
+        Likewise.
+    index_bytes : int
+        Of the indexes of sparse attention.
     """
 
     tiers: dict[str, TierStats]
@@ -96,3 +116,9 @@ class CacheStats:
     prefetch_hit_rate: float
     promoted_chunks: int
     demoted_chunks: int
+    failed_stores: int = 0
+    unneeded_failures: int = 0
+    rescued_chunks: int = 0
+    covered_tokens: int = 0
+    retrieved_tokens: int = 0
+    index_bytes: int = 0
