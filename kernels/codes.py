@@ -131,4 +131,5 @@ def _table(num_bits: int) -> Tensor:
     per_byte = 8 // num_bits
     shifts = torch.arange(per_byte) * num_bits
     numbers = torch.arange(256).unsqueeze(1) >> shifts & (1 << num_bits) - 1
-    return torch.tensor(_LEVELS[num_bits])[numbers]
+    levels: Tensor = torch.tensor(_LEVELS[num_bits])[numbers]
+    return levels

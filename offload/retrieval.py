@@ -10,6 +10,7 @@ from offload.gather import gather_tokens
 from offload.index.base import KeyIndex
 from offload.kernels.reference import merge
 from offload.layer_index import LayerIndexes
+from offload.self_check import ErrorStats, SelfCheck
 from offload.sparse_plan import SparsePlan
 from offload.store import ChunkStore
 from offload.types import ChunkId, Partial
@@ -33,11 +34,21 @@ class Retrieval:
         self._store = store
         self._device = device
         self._indexes = LayerIndexes(store, device, plan.build, plan.sizes)
+        self._check = SelfCheck(store, plan.check_every)
 
     @property
     def index_bytes(self) -> int:
         """Bytes of the indexes."""
         return self._indexes.num_bytes
+
+    @property
+    def errors(self) -> ErrorStats:
+        """How far off the answers were that were checked."""
+        return self._check.stats()
+
+    def close(self) -> None:
+        """Stop checking. Idempotent."""
+        self._check.close()
 
     def covered(self, layer_number: int, call: AttentionCall, num_chunks: int) -> range:
         """Return the chunks that may be read sparsely; empty if the call needs all of them.
@@ -117,6 +128,10 @@ class Retrieval:
             tail = index.tail(grouped, hits, hits.found, values)
             parts += [] if tail is None else [tail]
         merged = merge(parts) if len(parts) > 1 else parts[0]
+        head = self._check.draw(layout.num_kv_heads)
+        if head is not None:
+            found = Partial(merged.out[head], merged.lse[head])
+            self._check.start(head, grouped[head], chunks, found)
         shape = (num_heads, num_queries)
         return Partial(merged.out.reshape(*shape, -1), merged.lse.reshape(shape))
 

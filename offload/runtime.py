@@ -10,6 +10,7 @@ from offload.errors import CapacityError
 from offload.exact import AttentionCall, PastChunks, attend
 from offload.index.exact import visible_chunks
 from offload.prefetch.plan import LayerPlan, LoadGroup, plan_layer
+from offload.self_check import ErrorStats
 from offload.sequence import Appended, LayerSequence, check_states
 from offload.stats import CacheStats, TierStats
 from offload.tiers.pool import grid_view
@@ -248,6 +249,7 @@ def _collect(runtime: Runtime) -> CacheStats:
             loaded_bytes=counters.loaded_bytes.get(tier.name, 0),
             stored_bytes=counters.stored_bytes.get(tier.name, 0),
         )
+    errors = ErrorStats() if engine.retrieval is None else engine.retrieval.errors
     asked = counters.prefetched_groups + counters.demanded_groups
     return CacheStats(
         tiers=tiers,
@@ -263,6 +265,9 @@ def _collect(runtime: Runtime) -> CacheStats:
         covered_tokens=counters.covered_tokens,
         retrieved_tokens=counters.retrieved_tokens,
         index_bytes=0 if engine.retrieval is None else engine.retrieval.index_bytes,
+        num_checks=errors.num_checks,
+        error_median=errors.median,
+        error_p95=errors.p95,
         failed_stores=counters.failed_stores,
         unneeded_failures=counters.unneeded_failures,
         rescued_chunks=counters.rescued_chunks,

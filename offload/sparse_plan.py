@@ -57,6 +57,9 @@ class SparsePlan:
         A call with more queries is a prefill, which reads everything.
     has_tail : bool
         Estimate what is not read, where the index can.
+    sizes : SegmentSizes
+    check_every : int
+        Calls, on average, of which one KV head is compared with exact attention.
     """
 
     build: BuildIndex
@@ -67,6 +70,7 @@ class SparsePlan:
     max_queries: int = 64
     has_tail: bool = True
     sizes: SegmentSizes = field(default_factory=SegmentSizes)
+    check_every: int = 256
 
     def tokens(self, num_context: int) -> int:
         """Return how many tokens to read of a context of so many."""

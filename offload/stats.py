@@ -104,6 +104,10 @@ class CacheStats:
         Likewise.
     index_bytes : int
         Of the indexes of sparse attention.
+    num_checks : int
+        Sparse answers, of one KV head each, that were compared with exact attention.
+    error_median, error_p95 : float
+        Their relative errors, see ``ErrorStats``.
     """
 
     tiers: dict[str, TierStats]
@@ -122,3 +126,6 @@ class CacheStats:
     covered_tokens: int = 0
     retrieved_tokens: int = 0
     index_bytes: int = 0
+    num_checks: int = 0
+    error_median: float = 0.0
+    error_p95: float = 0.0

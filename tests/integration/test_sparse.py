@@ -1,5 +1,6 @@
 """Sparse policies through real models: everything read is exact, little read is close."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,24 @@ def test_adaptive_answers_from_four_tokens_in_a_thousand(tmp_path: Path) -> None
             fork.close()
         stats = cache.stats()
     assert 0 < stats.retrieved_tokens <= 0.005 * stats.covered_tokens
+
+
+@pytest.mark.leaks
+@pytest.mark.parametrize("budget", [1.0, 0.02])
+def test_self_check_measures_the_error_of_what_was_answered(budget: float, tmp_path: Path) -> None:
+    model = make_model("llama")
+    preset = PRESETS["adaptive"]
+    assert preset.sparse is not None
+    with sparse_cache(model, tmp_path, "adaptive", budget) as cache, torch.no_grad():
+        plan = replace(preset.sparse, budget=budget, check_every=1)
+        object.__setattr__(cache._core.config, "preset", replace(preset, sparse=plan))
+        model(prompt(1, 1400), past_key_values=cache)
+        decode(model, cache, prompt(1, 3, seed=4), steps=20)
+        stats = cache.stats()
+        cache.check_integrity()
+    assert stats.num_checks > 3
+    assert stats.error_median < (1e-4 if budget == 1.0 else 0.5)
+    assert budget == 1.0 or stats.error_p95 > 1e-4
 
 
 @pytest.mark.parametrize(
