@@ -9,10 +9,13 @@ from offload.errors import CapacityError
 from offload.loader import StagingLoader
 from offload.prefetch.stream import ChunkStream
 from offload.presets import Preset
+from offload.retrieval import Retrieval
 from offload.stats import Counters
 from offload.store import ChunkStore
 from offload.tiers.base import Tier
 from offload.tiers.disk import DiskTier
+from offload.tiers.faults import FaultPlan
+from offload.tiers.faulty import FaultyTier
 from offload.tiers.memory import MemoryTier
 from offload.tiers.pool import page_aligned
 from offload.tiers.scratch import ScratchDir
@@ -34,6 +37,8 @@ class EngineConfig:
         Where the disk tier writes.
     deadline_s : float
         Longest wait for one transfer.
+    faults : FaultPlan or None
+        What the disk tier is to suffer, to try out a failing disk.
     """
 
     capacities: dict[str, int]
@@ -41,6 +46,7 @@ class EngineConfig:
     chunk_tokens: int
     scratch: ScratchDir | None
     deadline_s: float = 120.0
+    faults: FaultPlan | None = None
 
 
 class Engine:
@@ -101,6 +107,8 @@ class Engine:
             config.deadline_s,
         )
         self._peaks = [0] * len(self.tiers)
+        sparse = config.preset.sparse
+        self.retrieval = None if sparse is None else Retrieval(self.store, self.device, sparse)
         self._open_staging(sizes)
 
     @property
@@ -163,6 +171,8 @@ class Engine:
         self._num_users -= 1
         if self._num_users == 0:
             try:
+                if self.retrieval is not None:
+                    self.retrieval.close()
                 self.loader.close()
             finally:
                 self.store.close()
@@ -229,7 +239,8 @@ class Engine:
                 layout=layout,
                 deadline_s=self.config.deadline_s,
             )
-            tiers.append(self.disk)
+            faults = self.config.faults
+            tiers.append(self.disk if faults is None else FaultyTier(self.disk, faults))
         return tiers
 
     def _memory_tier(self, name: str, capacity_bytes: int, device: torch.device) -> MemoryTier:

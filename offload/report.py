@@ -55,6 +55,8 @@ def movement_rows(stats: CacheStats) -> list[tuple[str, str]]:
         ("waited for stores", f"{stats.store_wait_s:.2f} s"),
         ("prefetch hit rate", f"{stats.prefetch_hit_rate:.1%}"),
         ("promoted, demoted", f"{stats.promoted_chunks}, {stats.demoted_chunks} chunks"),
+        ("failed, unneeded stores", f"{stats.failed_stores}, {stats.unneeded_failures}"),
+        ("rescued from them", f"{stats.rescued_chunks} chunks"),
     ]
 
 

@@ -6,7 +6,8 @@ from itertools import product
 from torch import Tensor
 
 from offload.chunk_reader import start_read
-from offload.errors import CapacityError, OffloadError
+from offload.errors import OffloadError
+from offload.room import describe_room, no_room, second_copies
 from offload.source import ChunkSource, split
 from offload.stats import Counters
 from offload.table import ChunkTable, Entry
@@ -22,8 +23,8 @@ class ChunkStore:
     """Chunks on an ordered list of tiers, fastest first.
 
     A chunk is in at least one tier, or in a write buffer on its way to the disk, from the moment
-    ``put`` returns until its last reference is released ("never in neither"). A failed store leaves
-    it in the buffer or the upper tier; a failed load leaves it in the lower one.
+    ``put`` returns until its last reference is released ("never in neither"). After a failed store
+    it is in the buffer or an upper tier; a failed load leaves it in the lower one.
 
     Only the thread that runs the model calls methods; see ``WriteQueue`` for what happens behind.
 
@@ -70,6 +71,8 @@ class ChunkStore:
                 deadline_s,
                 lambda chunk, slot: self._arrive(chunk, disk, slot),
                 self.unprotect,
+                self._rescue,
+                lambda: describe_room(self.tiers),
             )
 
     def put(
@@ -94,15 +97,15 @@ class ChunkStore:
         CapacityError
             No tier has room. Nothing was stored.
         DiskFull, StorageError, TransferTimeout
-            The disk failed. Nothing of this call is kept; chunks of earlier calls are where they
-            were, or readable from their write buffers.
+            The disk failed, and the tiers above have no room. Nothing of this call is kept; chunks
+            of earlier calls are where they were, or readable from their write buffers.
         """
         source = split(keys, values, self.layout.chunk_tokens)
         batch, num_chunks = source.keys.shape[:2]
         self.reap()
         missing = batch * num_chunks - sum(tier.num_free for tier in self.tiers)
-        if missing > 0 and missing > len(self._duplicates()):
-            raise self._full(batch * num_chunks)
+        if missing > 0 and missing > len(second_copies(self.tiers, self.table)):
+            raise no_room(self.tiers, batch * num_chunks)
         placed: list[list[ChunkId]] = []
         try:
             # First within the layer's share of every tier, so that all layers are spread alike and
@@ -115,7 +118,7 @@ class ChunkStore:
                     part = source.positions(start, start + count)
                     placed += self._place(level, layer, token, part)
             if len(placed) < num_chunks:
-                raise self._full(batch * (num_chunks - len(placed)))
+                raise no_room(self.tiers, batch * (num_chunks - len(placed)))
         except OffloadError:
             self.release(chunk for row in placed for chunk in row)
             raise
@@ -260,26 +263,6 @@ class ChunkStore:
         for tier in reversed(self.tiers):
             tier.close()
 
-    def _full(self, needed: int) -> CapacityError:
-        free = ", ".join(f"{tier.name} {tier.num_free} of {tier.num_slots}" for tier in self.tiers)
-        return CapacityError(
-            f"no room for {needed} more chunks of {self.layout.slot_bytes} bytes; "
-            f"free slots: {free}; raise a capacity or add a tier"
-        )
-
-    def _duplicates(self) -> list[ChunkId]:
-        """Return the chunks whose copy in the last tier is a second one that may be dropped."""
-        last = len(self.tiers) - 1
-        entries = ((chunk, self.table[chunk]) for chunk in self.table)
-        return [
-            chunk
-            for chunk, entry in entries
-            if len(entry.slots) > 1
-            and not entry.protect_count
-            and last in entry.slots
-            and self.tiers[last].is_own(entry.slots[last])
-        ]
-
     def _positions_with_room(
         self, level: int, wanted: int, batch: int, stream: int | None = None
     ) -> int:
@@ -290,7 +273,7 @@ class ChunkStore:
         tier = self.tiers[level]
         missing = wanted * batch - tier.num_free
         if missing > 0 and level + 1 == len(self.tiers):
-            for chunk in self._duplicates()[:missing]:
+            for chunk in second_copies(self.tiers, self.table)[:missing]:
                 self._drop_copy(chunk, self.table[chunk], level)
         elif missing > 0:
             for victim in self._policies[level].victims(missing, self.table.protected):
@@ -370,12 +353,26 @@ class ChunkStore:
             self._queue.submit([chunk], [buffer])
             self._drop_copy(chunk, entry, level)
 
+    def _rescue(self, chunk: ChunkId) -> bool:
+        """Copy a chunk from its write buffer into a free slot in memory, if there is one."""
+        entry = self.table[chunk]
+        assert entry.pending is not None
+        for level, tier in enumerate(self.tiers[:-1]):
+            if tier.num_free:
+                slots = tier.allocate(1, stream=entry.info.layer)
+                tier.write(slots, [entry.info], [entry.pending]).wait(self.deadline_s)
+                settle()  # the buffer is about to be filled with something else
+                self.counters.add_stored(tier.name, tier.slot_bytes)
+                self._arrive(chunk, level, slots[0])
+                return True
+        return False
+
     def _level_below(self, level: int) -> int:
         """Return the next level down with a free slot, after its policy made room."""
         for lower in range(level + 1, len(self.tiers)):
             if self._positions_with_room(lower, 1, 1):
                 return lower
-        raise self._full(1)
+        raise no_room(self.tiers, 1)
 
     def _arrive(self, chunk: ChunkId, level: int, slot: SlotId) -> None:
         self.table[chunk].slots[level] = slot

@@ -17,11 +17,14 @@ from offload import (
     ConfigError,
     CorruptChunk,
     DiskFull,
+    OffloadedCache,
     StorageError,
     TransferTimeout,
 )
 from offload.tiers.disk import DiskTier
+from offload.tiers.faults import FaultPlan
 from tests.support.disk import FlakyCall, Gate, fail_with
+from tests.support.full_disks import file_size_limit, small_file_system
 from tests.support.small_caches import (
     CAPACITY,
     CHUNK_TOKENS,
@@ -38,10 +41,23 @@ from tests.support.small_caches import (
     step,
 )
 
+PIECE_TOKENS = 2 * CHUNK_TOKENS
+_HELD = (
+    r"\d+ chunks are held in write buffers because no faster tier has room; "
+    r"free slots: gpu 0 of \d+, cpu 0 of \d+, disk \d+ of \d+"
+)
+
 
 def break_disk(patch: pytest.MonkeyPatch, **calls: Any) -> None:
     """Give the disk tiers of caches made from now on other system calls."""
     patch.setattr("offload.engine.DiskTier", functools.partial(DiskTier, **calls))
+
+
+def prefill(cache: OffloadedCache, ids: Tensor) -> None:
+    """Feed what the cache does not have yet, in pieces."""
+    while cache.get_seq_length() < ids.shape[1]:
+        start = cache.get_seq_length()
+        step(cache, ids[:, start : start + PIECE_TOKENS])
 
 
 @pytest.fixture
@@ -113,13 +129,130 @@ def test_disk_that_refuses_writes_raises_and_nothing_is_lost(
         step(cache, ids)
         cache.flush()
         pwritev.armed = True
-        with pytest.raises(error) as caught:
+        with pytest.raises(error, match=_HELD) as caught:
             step(cache, draw_ids(2, 60, seed=2))
         assert caught.value.errno == code
         check_sound(cache, 40)
         pwritev.armed = False
         check_continues(cache, plain_after(ids))
     check_nothing_left(tmp_path / "disk")
+
+
+def test_prefill_on_a_full_disk_goes_on_while_memory_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of 9 slots on the device and 3 on the host the first layer has a share of 4 and 1: one of its
+    # chunks goes to the disk, before anybody knows that the other layer will leave a slot free.
+    capacity = {**CAPACITY, "cpu": 5 * SLOT_BYTES}
+    break_disk(monkeypatch, pwritev=FlakyCall(os.pwritev, fail_with(errno.ENOSPC)))
+    ids = draw_ids(1, 6 * CHUNK_TOKENS + 4)
+    with make_cache(tmp_path, capacity=capacity) as cache:
+        step(cache, ids)
+        cache.flush()
+        stats = cache.stats()
+        assert (stats.failed_stores, stats.rescued_chunks) == (1, 1)
+        assert stats.tiers["disk"].num_chunks == 0
+        check_sound(cache, 6 * CHUNK_TOKENS + 4)
+        check_continues(cache, plain_after(ids), num_new=4)
+
+
+def test_prefill_in_pieces_on_a_full_disk_stops_with_disk_full_and_goes_on_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwritev = FlakyCall(os.pwritev, fail_with(errno.ENOSPC))
+    break_disk(monkeypatch, pwritev=pwritev)
+    ids = draw_ids(1, 240)
+    with make_cache(tmp_path) as cache:
+        with pytest.raises(DiskFull, match=_HELD):
+            prefill(cache, ids)
+        length = cache.get_seq_length()
+        assert length >= 3 * CHUNK_TOKENS
+        check_sound(cache, length)
+        pwritev.armed = False
+        prefill(cache, ids)
+        cache.flush()
+        check_sound(cache, 240)
+        check_continues(cache, plain_after(ids), num_new=4)
+    check_nothing_left(tmp_path / "disk")
+
+
+def test_prefill_beyond_a_file_size_limit_stops_with_disk_full_and_goes_on_without_it(
+    tmp_path: Path,
+) -> None:
+    ids = draw_ids(1, 240)
+    with make_cache(tmp_path) as cache:
+        with file_size_limit(7 * 2 * SLOT_BYTES + 100), pytest.raises(DiskFull) as caught:
+            prefill(cache, ids)
+        assert caught.value.errno == errno.EFBIG
+        length = cache.get_seq_length()
+        check_sound(cache, length)
+        assert length >= 10 * CHUNK_TOKENS
+        prefill(cache, ids)
+        check_sound(cache, 240)
+        check_continues(cache, plain_after(ids), num_new=4)
+
+
+def test_prefill_on_a_real_full_file_system_stops_with_disk_full_and_every_chunk_is_readable(
+    tmp_path: Path,
+) -> None:
+    ids = draw_ids(1, 240)
+    # 10 records, and what a tmpfs takes for folders and locks.
+    with small_file_system(tmp_path / "disk", 22 * SLOT_BYTES), make_cache(tmp_path) as cache:
+        with pytest.raises(DiskFull) as caught:
+            prefill(cache, ids)
+        assert caught.value.errno == errno.ENOSPC
+        length = cache.get_seq_length()
+        check_sound(cache, length)
+        assert length >= 5 * CHUNK_TOKENS
+        plain = plain_after(*ids[:, :length].split(PIECE_TOKENS, 1))
+        for (keys, values, _), (plain_keys, plain_values, _) in zip(cache, plain, strict=True):
+            assert keys is not None
+            assert values is not None
+            assert torch.allclose(keys, plain_keys, atol=1e-5)
+            assert torch.allclose(values, plain_values, atol=1e-5)
+
+
+def test_store_that_fails_after_its_step_is_named_by_the_next_flush_and_made_up_for_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate
+) -> None:
+    def wait_and_fail(*_: object) -> None:
+        gate()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    pwritev = FlakyCall(os.pwritev, wait_and_fail, armed=False)
+    break_disk(monkeypatch, pwritev=pwritev)
+    ids, more = draw_ids(1, 80), draw_ids(1, CHUNK_TOKENS, seed=2)
+    with make_cache(tmp_path) as cache:
+        step(cache, ids)
+        cache.flush()
+        pwritev.armed = True
+        step(cache, more)
+        gate.open()
+        with pytest.raises(StorageError, match=_HELD):
+            cache.flush()
+        check_sound(cache, 80 + CHUNK_TOKENS)
+        pwritev.armed = False
+        cache.flush()
+        assert cache.stats().num_chunks == sum(
+            tier.num_chunks for tier in cache.stats().tiers.values()
+        )
+        check_continues(cache, plain_after(ids, more), num_new=4)
+
+
+def test_cache_whose_config_asks_for_damage_raises_and_never_answers_wrong(
+    tmp_path: Path,
+) -> None:
+    ids = draw_ids(1, 90)
+    with make_cache(tmp_path) as cache:
+        cache._core.config = replace(cache._core.config, faults=FaultPlan(flip=1.0))
+        step(cache, ids)
+        cache.flush()
+        with pytest.raises(CorruptChunk):
+            decode(cache, draw_ids(1, 3, seed=2))
+        check_sound(cache, cache.get_seq_length())
+        cache._core.config = replace(cache._core.config, faults=None)
+        cache.reset()
+        assert torch.equal(generate(cache, ids), expected_tokens(ids))
 
 
 def damage(folder: Path, how: str) -> None:

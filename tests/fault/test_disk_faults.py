@@ -7,11 +7,8 @@ up. That no thread and no descriptor is left is checked around every test of thi
 import errno
 import fcntl
 import os
-import resource
-import shutil
-import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -34,6 +31,7 @@ from tests.support.disk import (
     read_records,
     write_records,
 )
+from tests.support.full_disks import file_size_limit, small_file_system
 
 _RECORD = PAGE_BYTES + WHOLE_PAGES.slot_bytes
 
@@ -41,32 +39,6 @@ _RECORD = PAGE_BYTES + WHOLE_PAGES.slot_bytes
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     return tmp_path / "disk"
-
-
-@contextmanager
-def _file_size_limit(num_bytes: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@contextmanager
-def _small_file_system(directory: Path, num_bytes: int) -> Iterator[None]:
-    """Mount a tmpfs of its own, or skip the test where that is not permitted."""
-    directory.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(directory)]
-    if shutil.which("mount") is None:
-        pytest.skip("there is no mount command")
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"a tmpfs cannot be mounted: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(directory)], check=True)
 
 
 @pytest.mark.parametrize("room", [4 * _RECORD, 4 * _RECORD + 100, 5 * _RECORD - 1])
@@ -77,7 +49,7 @@ def test_write_beyond_the_file_size_limit_is_disk_full_and_keeps_older_records(
         slots, infos, source = write_records(tier, 4)
         failed, failed_infos = tier.allocate(3), make_infos(3, first_id=4)
         buffers = make_buffers(3, WHOLE_PAGES, seed=2)
-        with _file_size_limit(room), pytest.raises(DiskFull) as caught:
+        with file_size_limit(room), pytest.raises(DiskFull) as caught:
             tier.write(failed, failed_infos, buffers).wait(WAIT_S)
         assert caught.value.errno == errno.EFBIG
         assert same_chunks(read_records(tier, slots, infos), source, WHOLE_PAGES)
@@ -89,7 +61,7 @@ def test_write_beyond_the_file_size_limit_is_disk_full_and_keeps_older_records(
 
 def test_full_file_system_is_disk_full_and_works_again_once_there_is_room(directory: Path) -> None:
     with (
-        _small_file_system(directory, 8 * _RECORD),
+        small_file_system(directory, 8 * _RECORD),
         closing(make_disk_tier(directory, 100, WHOLE_PAGES)) as tier,
     ):
         slots, infos, source = write_records(tier, 5)

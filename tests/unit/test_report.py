@@ -27,6 +27,9 @@ _STATS = CacheStats(
     prefetch_hit_rate=0.875,
     promoted_chunks=6,
     demoted_chunks=17,
+    failed_stores=3,
+    unneeded_failures=1,
+    rescued_chunks=5,
 )
 _RIGHT = Answer(Fact("abcd", "1234", 99), "1234]", (49, 50, 51, 52, 93), is_correct=True)
 _WRONG = Answer(Fact("efgh", "5678", 7), "5679]", (53, 54, 55, 57, 93), is_correct=False)
@@ -81,6 +84,8 @@ def test_report_of_statistics_has_one_row_per_tier(start: str, cells: list[str])
         "waited for stores 0.50 s",
         "prefetch hit rate 87.5%",
         "promoted, demoted 6, 17 chunks",
+        "failed, unneeded stores 3, 1",
+        "rescued from them 5 chunks",
     ],
 )
 def test_report_of_statistics_shows_what_belongs_to_no_tier(words: str) -> None:
