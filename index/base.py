@@ -3,12 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from offload.errors import ConfigError
 from offload.types import Partial
+
+_T = TypeVar("_T")
 
 NO_TOKEN = -1
 """Fills the places of heads that found fewer tokens than others."""
@@ -44,20 +47,27 @@ class KeyIndex(ABC):
 
     Indexes of consecutive runs are joined with ``join``, so that what was indexed while it grew is
     searched as one. Searching does not change an index: any number of threads may do it.
-
-    Attributes
-    ----------
-    num_heads, num_tokens : int
-        KV heads, and tokens per head.
     """
 
-    num_heads: int
-    num_tokens: int
+    @property
+    @abstractmethod
+    def num_heads(self) -> int:
+        """KV heads."""
+
+    @property
+    @abstractmethod
+    def num_tokens(self) -> int:
+        """Tokens per head."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that stay resident."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @classmethod
     @abstractmethod
-    def build(cls, keys: Tensor, values: Tensor, **options: object) -> Self:
-        """Index a run of tokens.
+    def build(cls, keys: Tensor, values: Tensor) -> Self:
+        """Index a run of at least one token; methods add options of their own.
 
         Parameters
         ----------
@@ -74,16 +84,32 @@ class KeyIndex(ABC):
     @classmethod
     @abstractmethod
     def join(cls, parts: Sequence[Self]) -> Self:
-        """Return one index over consecutive runs; equal to having searched them together."""
+        """Return one index over consecutive runs; equal to having searched them together.
 
-    @property
-    @abstractmethod
-    def num_bytes(self) -> int:
-        """Bytes that stay resident."""
+        Raises
+        ------
+        ConfigError
+            The parts were built with different options.
+        """
 
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:
         """Return what the index consists of, to be written beside the chunks it summarises."""
+
+    @abstractmethod
+    def meta(self) -> dict[str, Any]:
+        """Return what ``restore`` needs besides the tensors, as JSON can hold it."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Self:
+        """Return the index that these came from; it keeps the tensors, on the device they are on.
+
+        Parameters
+        ----------
+        tensors, meta
+            As ``tensors`` and ``meta`` gave them; ``meta`` may have been through JSON.
+        """
 
     @abstractmethod
     def search(self, query: Tensor, budget: int) -> Hits:
@@ -130,5 +156,29 @@ def combine_group(logits: Tensor) -> Tensor:
     Returns
     -------
     Tensor, shape (num_heads, num_keys)
+        The log of that share, which unlike the share itself does not become zero for all other
+        keys when one is far ahead.
     """
-    return torch.softmax(logits, -1).amax(1)
+    return torch.log_softmax(logits, -1).amax(1)
+
+
+def require_finite(keys: Tensor, values: Tensor) -> None:
+    """Raise ConfigError, naming token and head, if a key or value is not finite.
+
+    Parameters
+    ----------
+    keys, values : Tensor, shape (num_heads, num_tokens, dim)
+    """
+    for name, rows in (("key", keys), ("value", values)):
+        finite = torch.isfinite(rows)
+        if not bool(finite.all()):
+            head, token, _ = (~finite).nonzero()[0].tolist()
+            raise ConfigError(f"the {name} of token {token}, head {head} is not finite")
+
+
+def agreed(options: Sequence[_T]) -> _T:
+    """Return the options that all parts of an index share, or raise ConfigError."""
+    for other in options[1:]:
+        if other != options[0]:
+            raise ConfigError(f"parts of one index differ in their options: {options[0]}, {other}")
+    return options[0]

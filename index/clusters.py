@@ -6,16 +6,17 @@ all their keys were the centroid. Here every cluster that is not read is estimat
 next 23 %, and means are kept in eight bits.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from offload.errors import ConfigError
-from offload.index.base import Hits, KeyIndex, combine_group
+from offload.index.base import Hits, KeyIndex, combine_group, require_finite
 from offload.index.kmeans import cluster_means, spherical_kmeans
+from offload.index.rest import remaining
 from offload.types import Partial
 
 SEGMENT_TOKENS = 8192
@@ -46,22 +47,9 @@ class Clusters:
     assignment: Tensor
     sizes: tuple[tuple[int, int], ...]
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all of it."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
-
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
-        names = (
-            "centroids",
-            "centroid_scale",
-            "value_means",
-            "value_scale",
-            "counts",
-            "assignment",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _TENSORS}
 
     def key_means(self) -> Tensor:
         """Return the centroids, float32."""
@@ -73,11 +61,11 @@ class Clusters:
 
     def cluster_of(self) -> Tensor:
         """Return the cluster of each token, counted over all segments, int64."""
-        first, offsets = 0, []
-        for num_tokens, num_clusters in self.sizes:
-            offsets.append(torch.full((num_tokens,), first))
-            first += num_clusters
-        return self.assignment.long() + torch.cat(offsets).to(self.assignment.device)
+        tokens, clusters = torch.tensor(self.sizes, device=self.counts.device).unbind(1)
+        return self.assignment + (clusters.cumsum(0) - clusters).repeat_interleave(tokens)
+
+
+_TENSORS = tuple(field.name for field in fields(Clusters) if field.name != "sizes")
 
 
 def build_clusters(keys: Tensor, values: Tensor, tokens_per_cluster: int) -> Clusters:
@@ -95,19 +83,9 @@ def build_clusters(keys: Tensor, values: Tensor, tokens_per_cluster: int) -> Clu
     ConfigError
         A key or value is not finite.
     """
-    for name, rows in (("key", keys), ("value", values)):
-        if not bool(torch.isfinite(rows).all()):
-            head, token, _ = (~torch.isfinite(rows)).nonzero()[0].tolist()
-            raise ConfigError(f"the {name} of token {token}, head {head} is not finite")
-    parts = [
-        _build_segment(
-            keys[:, start : start + SEGMENT_TOKENS].float(),
-            values[:, start : start + SEGMENT_TOKENS].float(),
-            tokens_per_cluster,
-        )
-        for start in range(0, keys.shape[1], SEGMENT_TOKENS)
-    ]
-    return join_clusters(parts)
+    require_finite(keys, values)
+    segments = zip(keys.split(SEGMENT_TOKENS, 1), values.split(SEGMENT_TOKENS, 1), strict=True)
+    return join_clusters([cluster_segment(*segment, tokens_per_cluster) for segment in segments])
 
 
 def join_clusters(parts: Sequence[Clusters]) -> Clusters:
@@ -119,22 +97,31 @@ def join_clusters(parts: Sequence[Clusters]) -> Clusters:
     return Clusters(**joined, sizes=tuple(size for part in parts for size in part.sizes))
 
 
-def _build_segment(keys: Tensor, values: Tensor, tokens_per_cluster: int) -> Clusters:
+def restore_clusters(tensors: Mapping[str, Tensor], sizes: Sequence[Sequence[int]]) -> Clusters:
+    """Return the clusters whose tensors these are; others among them are ignored."""
+    pairs = tuple((num_tokens, num_clusters) for num_tokens, num_clusters in sizes)
+    return Clusters(**{name: tensors[name] for name in _TENSORS}, sizes=pairs)
+
+
+def cluster_segment(keys: Tensor, values: Tensor, tokens_per_cluster: int) -> Clusters:
+    """Cluster the keys of one segment, which are finite; see ``build_clusters``."""
+    keys, values = keys.float(), values.float()
     num_tokens = keys.shape[1]
     num_clusters = max(1, num_tokens // tokens_per_cluster)
     assignment, centroids = spherical_kmeans(keys, num_clusters)
     means, counts = cluster_means(values, assignment, num_clusters)
     narrow = torch.uint8 if num_clusters <= 256 else torch.int16
     return Clusters(
-        *_to_int8(centroids),
-        *_to_int8(means),
+        *to_int8(centroids),
+        *to_int8(means),
         counts.to(torch.int16),
         assignment.to(narrow),
         ((num_tokens, num_clusters),),
     )
 
 
-def _to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows as int8 ``[..., dim]`` and the scale ``[...]`` that they are in, float16."""
     scale = (rows.abs().amax(-1) / 127).clamp_min(1e-7).to(torch.float16)
     return (rows / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scale
 
@@ -151,33 +138,37 @@ class ClusterIndex(KeyIndex):
     clusters: Clusters
 
     @classmethod
-    def build(cls, keys: Tensor, values: Tensor, **options: object) -> Self:  # noqa: D102
-        return cls(build_clusters(keys, values, int(str(options.get("tokens_per_cluster", 16)))))
+    def build(cls, keys: Tensor, values: Tensor, *, tokens_per_cluster: int = 16) -> Self:  # noqa: D102
+        return cls(build_clusters(keys, values, tokens_per_cluster))
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:  # noqa: D102
         return cls(join_clusters([part.clusters for part in parts]))
 
     @property
-    def num_heads(self) -> int:  # type: ignore[override]
-        """KV heads."""
+    def num_heads(self) -> int:  # noqa: D102
         return self.clusters.counts.shape[0]
 
     @property
-    def num_tokens(self) -> int:  # type: ignore[override]
-        """Tokens per head."""
+    def num_tokens(self) -> int:  # noqa: D102
         return self.clusters.assignment.shape[1]
-
-    @property
-    def num_bytes(self) -> int:  # noqa: D102
-        return self.clusters.num_bytes
 
     def tensors(self) -> Mapping[str, Tensor]:  # noqa: D102
         return self.clusters.tensors()
 
+    def meta(self) -> dict[str, Any]:  # noqa: D102
+        return {"sizes": self.clusters.sizes}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Self:  # noqa: D102
+        return cls(restore_clusters(tensors, meta["sizes"]))
+
     def search(self, query: Tensor, budget: int) -> Hits:  # noqa: D102
         clusters = self.clusters
-        shares = combine_group(torch.bmm(query, clusters.key_means().transpose(1, 2)))
+        logits = torch.bmm(query, clusters.key_means().transpose(1, 2))
+        # A cluster without keys has the mean zero, and no claim to the logit of it.
+        logits = logits.masked_fill(clusters.counts.eq(0).unsqueeze(1), -math.inf)
+        shares = combine_group(logits)
         return Hits(
             best_tokens(shares, clusters.cluster_of(), min(budget, self.num_tokens)),
             clusters.centroids.numel() + 2 * clusters.centroid_scale.numel(),
@@ -196,29 +187,12 @@ def best_tokens(shares: Tensor, cluster_of: Tensor, budget: int) -> Tensor:
 def cluster_tail(
     clusters: Clusters, query: Tensor, hits: Hits, have: Tensor, values: Tensor
 ) -> Partial:
-    """Estimate all tokens that were not read as copies of their cluster's means.
-
-    The mean of the values that are left in a cluster is exact: those that were read are known.
-    """
+    """Estimate all tokens that were not read as copies of their cluster's means."""
     logits = torch.bmm(query, clusters.key_means().transpose(1, 2))
-    counts, means = remaining(clusters, hits, have, values)
+    counts, means = remaining(
+        clusters.counts, clusters.means_of_values(), clusters.cluster_of(), hits, have, values
+    )
     logits = logits + counts.log().unsqueeze(1)
     lse = logits.logsumexp(-1)
     weights = (logits - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp()
     return Partial(torch.bmm(weights, means), lse)
-
-
-def remaining(
-    clusters: Clusters, hits: Hits, have: Tensor, values: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return count and value mean of the tokens of each cluster that were not read."""
-    counts, means = clusters.counts.float(), clusters.means_of_values()
-    read = have & hits.found
-    number = clusters.cluster_of().gather(1, hits.ids.clamp_min(0))
-    taken = torch.zeros_like(counts).scatter_add_(1, number, read.float())
-    gone = torch.zeros_like(means).scatter_add_(
-        1, number.unsqueeze(-1).expand_as(values), values.float() * read.unsqueeze(-1)
-    )
-    left = (counts - taken).clamp_min(0)
-    rest = (means * counts.unsqueeze(-1) - gone) / left.clamp_min(1).unsqueeze(-1)
-    return left, rest * (left > 0).unsqueeze(-1)

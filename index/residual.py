@@ -10,19 +10,22 @@ correction for the noise of the estimate inside the exponential, and coded value
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from offload.index.base import NO_TOKEN, Hits, KeyIndex
+from offload.index.base import NO_TOKEN, Hits, KeyIndex, agreed, require_finite
 from offload.index.clusters import (
     SEGMENT_TOKENS,
     Clusters,
-    build_clusters,
+    cluster_segment,
     join_clusters,
+    restore_clusters,
+    to_int8,
 )
+from offload.index.kmeans import cluster_means
 from offload.kernels.codes import (
     Codes,
     decode,
@@ -82,41 +85,45 @@ class ResidualIndex(KeyIndex):
     spread: Tensor
 
     @classmethod
-    def build(cls, keys: Tensor, values: Tensor, **options: object) -> Self:  # noqa: D102
-        settings = Settings(**options)  # type: ignore[arg-type]
-        clusters = build_clusters(keys, values, settings.tokens_per_cluster)
+    def build(cls, keys: Tensor, values: Tensor, **options: Any) -> Self:  # noqa: D102
+        settings = Settings(**options)
+        require_finite(keys, values)
+        segments = zip(keys.split(SEGMENT_TOKENS, 1), values.split(SEGMENT_TOKENS, 1), strict=True)
+        return cls.join([cls._build_segment(*segment, settings) for segment in segments])
+
+    @classmethod
+    def _build_segment(cls, keys: Tensor, values: Tensor, settings: Settings) -> Self:
+        clusters = cluster_segment(keys, values, settings.tokens_per_cluster)
         number = clusters.cluster_of()
-        key_residuals = keys.float() - _rows(clusters.key_means(), number)
-        value_residuals = values.float() - _rows(clusters.means_of_values(), number)
-        turn = rotation(keys.shape[-1]).to(keys.device)
-        bases, codes = [], []
-        for start in range(0, keys.shape[1], SEGMENT_TOKENS):
-            part = value_residuals[:, start : start + SEGMENT_TOKENS]
-            basis = _widest(part)
-            bases.append(basis.to(torch.float16))
-            codes.append(encode(torch.bmm(part, basis.transpose(1, 2)), 1, unbiased=False))
-        value_codes = _join_codes(codes)
-        stacked = torch.stack(bases, 1)
-        index = cls(
+        residuals = keys.float() - _rows(clusters.key_means(), number)
+        turned = residuals @ rotation(keys.shape[-1]).to(keys.device)
+        means = clusters.means_of_values()
+        residuals = values.float() - _rows(means, number)
+        basis = _widest(residuals).to(torch.float16)
+        codes = encode(torch.bmm(residuals, basis.float().mT), 1, unbiased=False)
+        coded = torch.bmm(decode(codes, 1, basis.shape[1]), basis.float())
+        # Coded residuals do not sum to zero as true ones do; the means make up for it, so that a
+        # cluster whose tokens all weigh the same is estimated exactly.
+        means = means - cluster_means(coded, number, means.shape[1])[0]
+        narrow, scale = to_int8(means)
+        clusters = replace(clusters, value_means=narrow, value_scale=scale)
+        missed = values.float() - _rows(clusters.means_of_values(), number) - coded
+        squares = missed.square().sum(-1, keepdim=True)
+        return cls(
             settings,
             clusters,
-            encode(key_residuals @ turn, settings.num_bits, unbiased=True),
-            value_codes,
-            stacked,
-            torch.zeros_like(clusters.centroid_scale),
+            encode(turned, settings.num_bits, unbiased=True),
+            codes,
+            basis.unsqueeze(1),
+            cluster_means(squares, number, means.shape[1])[0].squeeze(-1).sqrt().half(),
         )
-        missed = (value_residuals - index._value_residuals()).square().sum(-1)
-        counts = clusters.counts.float()
-        total = torch.zeros_like(counts).scatter_add_(1, number, missed)
-        index.spread.copy_((total / counts.clamp_min(1)).sqrt())
-        return index
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:  # noqa: D102
         if len(parts) == 1:
             return parts[0]
         return cls(
-            parts[0].settings,
+            agreed([part.settings for part in parts]),
             join_clusters([part.clusters for part in parts]),
             _join_codes([part.keys for part in parts]),
             _join_codes([part.values for part in parts]),
@@ -125,18 +132,12 @@ class ResidualIndex(KeyIndex):
         )
 
     @property
-    def num_heads(self) -> int:  # type: ignore[override]
-        """KV heads."""
+    def num_heads(self) -> int:  # noqa: D102
         return self.clusters.counts.shape[0]
 
     @property
-    def num_tokens(self) -> int:  # type: ignore[override]
-        """Tokens per head."""
+    def num_tokens(self) -> int:  # noqa: D102
         return self.clusters.assignment.shape[1]
-
-    @property
-    def num_bytes(self) -> int:  # noqa: D102
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> Mapping[str, Tensor]:  # noqa: D102
         return {
@@ -149,17 +150,32 @@ class ResidualIndex(KeyIndex):
             "spread": self.spread,
         }
 
+    def meta(self) -> dict[str, Any]:  # noqa: D102
+        return {"settings": asdict(self.settings), "sizes": self.clusters.sizes}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Self:  # noqa: D102
+        return cls(
+            Settings(**meta["settings"]),
+            restore_clusters(tensors, meta["sizes"]),
+            Codes(tensors["key_bits"], tensors["key_scale"]),
+            Codes(tensors["value_bits"], tensors["value_scale_code"]),
+            tensors["basis"],
+            tensors["spread"],
+        )
+
     def search(self, query: Tensor, budget: int) -> Hits:  # noqa: D102
         estimate = self._estimate(query, budget)
-        shares = (estimate.logits - estimate.lse.unsqueeze(-1)).exp().amax(1)
         number = self.clusters.cluster_of().gather(1, estimate.tokens)
-        missed = self.spread.float().gather(1, number)
-        scores = torch.where(estimate.valid, shares * missed.clamp_min(1e-12), -1.0)
+        missed = self.spread.float().gather(1, number).clamp_min(1e-12)
+        scores = torch.where(estimate.valid, estimate.shares + missed.log(), -math.inf)
         best = scores.topk(min(budget, scores.shape[1]), dim=1)
         ids = estimate.tokens.gather(1, best.indices)
         scanned = estimate.valid.sum() * (self.keys.bits.shape[-1] + 2)
         means = self.clusters.centroids.numel() + 2 * self.clusters.centroid_scale.numel()
-        return Hits(torch.where(best.values >= 0, ids, NO_TOKEN), int(scanned) + means, estimate)
+        return Hits(
+            torch.where(best.values > -math.inf, ids, NO_TOKEN), int(scanned) + means, estimate
+        )
 
     def tail(self, query: Tensor, hits: Hits, have: Tensor, values: Tensor) -> Partial | None:  # noqa: D102
         estimate = hits.state
@@ -180,10 +196,7 @@ class ResidualIndex(KeyIndex):
             2, number.unsqueeze(1).expand_as(token_weights), token_weights
         )
         out = torch.bmm(weights, self.clusters.means_of_values())
-        residuals = self._value_residuals().gather(
-            1, estimate.tokens.unsqueeze(-1).expand(-1, -1, out.shape[-1])
-        )
-        return Partial(out + torch.bmm(token_weights, residuals), lse)
+        return Partial(out + self._coded_values(estimate.tokens, token_weights), lse)
 
     def _estimate(self, query: Tensor, budget: int) -> "_Estimate":
         """Score clusters, then the tokens of the best of them: more of these than are wanted."""
@@ -213,18 +226,23 @@ class ResidualIndex(KeyIndex):
         variance = (query.norm(dim=-1).unsqueeze(-1) * deviation.unsqueeze(1)).square()
         per_token = logits.gather(2, own.unsqueeze(1).expand(-1, logits.shape[1], -1))
         # The mean of exp(x + noise) is exp(x + variance / 2): take that out again.
-        per_token = per_token + residual - variance / 2
-        per_token = per_token.masked_fill(~valid.unsqueeze(1), -math.inf)
+        raw = (per_token + residual).masked_fill(~valid.unsqueeze(1), -math.inf)
+        per_token = raw - variance / 2
         others = masses.masked_fill(scanned.unsqueeze(1), -math.inf)
         total = torch.logaddexp(per_token.logsumexp(-1), others.logsumexp(-1))
-        return _Estimate(tokens, valid, per_token, others, total)
+        # Reading a token costs little, missing one that matters much: hope for two deviations.
+        shares = (raw + 2 * variance.sqrt() - total.unsqueeze(-1)).amax(1)
+        return _Estimate(tokens, valid, shares, per_token, others)
 
-    def _value_residuals(self) -> Tensor:
-        """Return what is known of the value residuals, ``[num_heads, num_tokens, value_dim]``."""
-        along = decode(self.values, 1, self.basis.shape[2])
-        parts = along.split([tokens for tokens, _ in self.clusters.sizes], 1)
-        bases = self.basis.float().unbind(1)
-        return torch.cat([torch.bmm(a, b) for a, b in zip(parts, bases, strict=True)], 1)
+    def _coded_values(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum of what is known of the value residuals of some tokens."""
+        heads, queries, _ = weights.shape
+        everywhere = weights.new_zeros(heads, queries, self.num_tokens)
+        everywhere.scatter_(2, tokens.unsqueeze(1).expand_as(weights), weights)
+        lengths = [num_tokens for num_tokens, _ in self.clusters.sizes]
+        along = decode(self.values, 1, self.basis.shape[2]).split(lengths, 1)
+        sums = [torch.bmm(*pair) for pair in zip(everywhere.split(lengths, 2), along, strict=True)]
+        return torch.cat(sums, 2) @ self.basis.float().flatten(1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,18 +253,19 @@ class _Estimate:
     ----------
     tokens : Tensor, int64 [num_heads, num_scanned]
     valid : Tensor, bool, likewise
+    shares : Tensor, shape (num_heads, num_scanned)
+        Log of the largest share of the softmax that any query may give a token.
     logits : Tensor, shape (num_heads, num_queries, num_scanned)
         ``-inf`` where not valid.
     others : Tensor, shape (num_heads, num_queries, num_clusters)
         Log mass of each cluster that was not scanned; ``-inf`` for the others.
-    lse : Tensor, shape (num_heads, num_queries)
     """
 
     tokens: Tensor
     valid: Tensor
+    shares: Tensor
     logits: Tensor
     others: Tensor
-    lse: Tensor
 
 
 def _rows(means: Tensor, number: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ import functools
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 _EDGES = {1: (0.0,), 2: (-0.9816, 0.0, 0.9816)}
 _LEVELS = {1: (-1.0, 1.0), 2: (-1.51, -0.4528, 0.4528, 1.51)}
@@ -26,7 +27,7 @@ class Codes(NamedTuple):
     Attributes
     ----------
     bits : Tensor, uint8 [..., num_bytes]
-        Levels of the coordinates, lowest first.
+        Levels of the coordinates, the first in the lowest bits; the last byte may be part empty.
     scale : Tensor, float16 [...]
         Times the inner product with the levels, it estimates the inner product with the vector.
     """
@@ -37,10 +38,17 @@ class Codes(NamedTuple):
 
 @functools.cache
 def rotation(dim: int, seed: int = 0) -> Tensor:
-    """Return a random orthogonal matrix ``[dim, dim]``, float32 on the CPU; always the same."""
-    generator = torch.Generator().manual_seed(seed)
-    turned: Tensor = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
-    return turned
+    """Return a random orthogonal matrix ``[dim, dim]``, float32 on the CPU; always the same.
+
+    Codes outlive a process, so it must not depend on the machine or on a library's version: the
+    bits of PCG64 are fixed by numpy's policy, the rest is arithmetic in float64.
+    """
+    bits = np.random.PCG64(seed).random_raw(2 * dim * dim) >> np.uint64(11)
+    uniform = (bits + 0.5) / 2.0**53
+    radius = np.sqrt(-2 * np.log(uniform[: dim * dim]))
+    normal = radius * np.cos(2 * math.pi * uniform[dim * dim :])
+    turned, triangle = np.linalg.qr(normal.reshape(dim, dim))
+    return torch.from_numpy((turned * np.sign(np.diag(triangle))).astype(np.float32))
 
 
 def encode(rotated: Tensor, num_bits: int, *, unbiased: bool) -> Codes:
@@ -49,7 +57,6 @@ def encode(rotated: Tensor, num_bits: int, *, unbiased: bool) -> Codes:
     Parameters
     ----------
     rotated : Tensor, shape (..., dim), float32
-        ``dim * num_bits`` is a multiple of 8.
     num_bits : {1, 2}
     unbiased : bool
         Scale for unbiased inner products (keys); else for the least squared error (values).
@@ -120,9 +127,10 @@ def level_norm(num_bits: int, dim: int) -> float:
 
 def _pack(numbers: Tensor, num_bits: int) -> Tensor:
     per_byte = 8 // num_bits
-    groups = numbers.unflatten(-1, (-1, per_byte))
+    groups = pad(numbers, (0, -numbers.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
     shifts = torch.arange(per_byte, device=numbers.device, dtype=torch.uint8) * num_bits
-    return (groups << shifts).sum(-1).to(torch.uint8)
+    packed: Tensor = groups << shifts
+    return packed.sum(-1).to(torch.uint8)
 
 
 @functools.cache

@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     SystemExit
         The arguments do not parse (2), or asked for help or the version (0).
     """
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser(argv[:1]).parse_args(argv)
     try:
         return int(_module(args.command).run(args))
     except OffloadError as error:
@@ -48,15 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _EXIT_INTERRUPTED
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser with every subcommand that is installed."""
+def build_parser(named: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return the parser with the subcommands that are named, or else with all that are installed.
+
+    Some take seconds to import, and the one that runs may not need them.
+    """
     parser = argparse.ArgumentParser(
         prog="offload", description="KV caches on three tiers: device, host memory and disk."
     )
     version = importlib.metadata.version("kv-offload")
     parser.add_argument("--version", action="version", version=f"offload {version}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for command in _COMMANDS:
+    for command in [name for name in named if name in _COMMANDS] or _COMMANDS:
         if importlib.util.find_spec(_module_name(command)) is not None:
             _module(command).add_parser(subparsers)
     return parser

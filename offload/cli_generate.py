@@ -4,13 +4,12 @@ import argparse
 import dataclasses
 import json
 import sys
-import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from offload.cache import OffloadedCache
 from offload.cli_options import (
@@ -20,39 +19,14 @@ from offload.cli_options import (
     probability,
     temperature,
 )
-from offload.cli_progress import token_progress
+from offload.cli_resume import TextSession
+from offload.cli_text import Generation, generate, tokenize
 from offload.errors import ConfigError
 from offload.local_model import DTYPES, RECALL, load_local_model
-from offload.prefill import prefill
 from offload.report import pairs_table, stats_data, stats_report
-from offload.stats import CacheStats
+from offload.sessions.store import SessionStore
 
 _EXAMPLE: Final = "gpu=2GiB,cpu=8GiB"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Generation:
-    """What one run produced; ``--json`` prints it field by field.
-
-    Attributes
-    ----------
-    text : str
-        What follows the prompt.
-    prompt_tokens, new_tokens : int
-    prefill_s : float
-        For the prompt but for its last token.
-    decode_s : float
-        For that one and the new ones.
-    stats : CacheStats
-        At the end.
-    """
-
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    prefill_s: float
-    decode_s: float
-    stats: CacheStats
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -78,6 +52,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--stats", action="store_true", help="print the cache's statistics to standard error"
     )
+    _add_session_options(parser)
     add_run_options(parser)
 
 
@@ -91,65 +66,49 @@ def run(args: argparse.Namespace) -> int:
     """
     apply_threads(args)
     prompt = read_prompt(args.prompt_file, args.prompt)
-    # The cache comes first: loading a model takes minutes, finding a bad argument should not.
-    with OffloadedCache(
-        [tier.strip() for tier in args.tiers.split(",")],
-        policy=args.policy,
-        capacity=parse_capacity(args.capacity),
-        disk_path=args.disk_path,
-        chunk_tokens=args.chunk_tokens,
-    ) as cache:
+    tiers = [tier.strip() for tier in args.tiers.split(",")]
+    settings: dict[str, Any] = {
+        "tiers": tiers,
+        "policy": args.policy,
+        "capacity": parse_capacity(args.capacity),
+        "disk_path": args.disk_path,
+    }
+    with ExitStack() as stack:
+        session = find_session(args.session, args.root, tiers, stack)
+        # The cache comes first: loading a model takes minutes, finding a bad argument should not.
+        cache = stack.enter_context(OffloadedCache(**settings, chunk_tokens=args.chunk_tokens))
         model, tokenizer = load_local_model(args.model, args.dtype, args.device)
+        if session is not None and not session.is_new:
+            cache.close()
+            cache = stack.enter_context(session.load(model, settings))
         cache.bind(model.config)
-        generation = generate(model, tokenizer, cache, prompt, args)
-    if args.json:
-        data = dataclasses.asdict(generation) | {"stats": stats_data(generation.stats)}
-        json.dump(data, sys.stdout, indent=2)
-        print()
-    if args.stats:
-        _print_stats(generation)
+        ids = tokenize(tokenizer, prompt, cache.token_ids).to(model.device)
+        if session is not None and session.is_new:
+            session.reuse(cache, model, ids)
+        generation, ids = generate(model, tokenizer, cache, ids, args)
+        if args.json:
+            data = dataclasses.asdict(generation) | {"stats": stats_data(generation.stats)}
+            json.dump(data, sys.stdout, indent=2)
+            print()
+        if args.stats:
+            _print_stats(generation)
+        # Last, so that a full disk does not take the text as well.
+        if session is not None:
+            session.save(cache, model, ids)
     return 0
 
 
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    cache: OffloadedCache,
-    prompt: str,
-    args: argparse.Namespace,
-) -> Generation:
-    """Continue a prompt, streaming to standard output unless JSON is wanted."""
-    prompt_ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-    num_prompt_tokens = prompt_ids.shape[1]
-    if num_prompt_tokens == 0:
-        raise ConfigError(f"the tokenizer makes no token of the prompt ({len(prompt)} characters)")
-    started = time.perf_counter()
-    with token_progress("reading the prompt", num_prompt_tokens - 1) as advance:
-        prefill(model, cache, prompt_ids[:, :-1], args.prefill_chunk_size, advance)
-    prefilled = time.perf_counter()
-    torch.manual_seed(args.seed)
-    call: Any = model.generate  # mypy does not see it on PreTrainedModel
-    output = call(
-        prompt_ids,
-        attention_mask=torch.ones_like(prompt_ids),
-        past_key_values=cache,
-        max_new_tokens=args.max_new_tokens,
-        streamer=None if args.json else TextStreamer(tokenizer, True, skip_special_tokens=True),
-        **sampling(args.temperature, args.top_p),
-    )
-    decoded = time.perf_counter()
-    new_ids = output[0, num_prompt_tokens:]
-    text = str(tokenizer.decode(new_ids, skip_special_tokens=True))
-    prefill_s, decode_s = prefilled - started, decoded - prefilled
-    return Generation(text, num_prompt_tokens, len(new_ids), prefill_s, decode_s, cache.stats())
-
-
-def sampling(heat: float, top_p: float) -> dict[str, Any]:
-    """Return the arguments of ``model.generate`` for a temperature; zero is greedy."""
-    if heat == 0:
-        # The model's own settings would be refused, or warned about, without sampling.
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"do_sample": True, "temperature": heat, "top_p": top_p, "top_k": 0}
+def find_session(
+    name: str | None, root: Path | None, tiers: Sequence[str], stack: ExitStack
+) -> TextSession | None:
+    """Return the session to go on with, new or not; its store is closed with the stack."""
+    if name is None:
+        if root is not None:
+            raise ConfigError(f"--root {root} is where sessions are; name one with --session")
+        return None
+    if "disk" not in tiers:
+        raise ConfigError(f"a session is read from disk; add 'disk' to --tiers {','.join(tiers)}")
+    return TextSession(stack.enter_context(SessionStore(root)), name)
 
 
 def read_prompt(file: str | None, text: str | None) -> str:
@@ -206,6 +165,13 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_session_options(parser: argparse.ArgumentParser) -> None:
+    text = "go on with the text of a session if there is one, and save it at the end"
+    parser.add_argument("--session", metavar="NAME", help=text)
+    text = "the session store (default: 'sessions' in the user's cache folder)"
+    parser.add_argument("--root", type=Path, metavar="DIR", help=text)
+
+
 def _read_file(name: str) -> str:
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
@@ -218,8 +184,10 @@ def _read_file(name: str) -> str:
 
 def _print_stats(generation: Generation) -> None:
     console = Console(stderr=True)
-    prompt, new = generation.prompt_tokens, generation.new_tokens
+    prompt = generation.prompt_tokens - generation.resumed_tokens
+    new = generation.new_tokens
     rows = [
+        ("resumed", f"{generation.resumed_tokens} tokens"),
         ("prompt", f"{prompt} tokens in {generation.prefill_s:.2f} s"),
         ("new", f"{new} tokens in {generation.decode_s:.2f} s"),
     ]

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -194,8 +194,10 @@ class DiskTier(Tier):
     ) -> Transfer:
         """Read and verify whole records; see ``Tier``."""
         _check_buffers(slots, infos, out, self.slot_bytes)
+        places = [locate(slot) for slot in slots]
         jobs: list[Job] = [
-            partial(self._read_op, op, slots, infos, out) for op in self._plan(slots)
+            self._read_job(places, op.members, RecordIo.read, op, infos, out)
+            for op in self._io.plan(places, self._engine.num_threads)
         ]
         return self._start_read("read", slots, infos, self.slot_bytes, jobs)
 
@@ -206,7 +208,7 @@ class DiskTier(Tier):
         heads: slice,
         out: Sequence[Tensor],
     ) -> Transfer:
-        """Copy consecutive KV heads of slots into buffers, reading nothing else but the headers.
+        """Copy consecutive KV heads of slots into buffers, reading little else but the headers.
 
         Parameters
         ----------
@@ -233,9 +235,10 @@ class DiskTier(Tier):
             )
         num_bytes = (stop - first) * self._head_bytes
         _check_buffers(slots, infos, out, num_bytes)
+        places = [locate(slot) for slot in slots]
         jobs: list[Job] = [
-            partial(self._io_of(locate(slot)[0]).read_heads, locate(slot), info, first, target)
-            for slot, info, target in zip(slots, infos, out, strict=True)
+            self._read_job(places, members, RecordIo.read_heads, places, members, infos, first, out)
+            for members in self._io.plan_heads(places, num_bytes, self._engine.num_threads)
         ]
         return self._start_read(f"read of heads {first}:{stop}", slots, infos, num_bytes, jobs)
 
@@ -250,11 +253,14 @@ class DiskTier(Tier):
                 if not self._table.holds(slot):
                     raise ConfigError(f"disk tier: slot {slot} is not allocated")
             self._written.difference_update(slots)
+        places = [locate(slot) for slot in slots]
         jobs: list[Job] = [
-            partial(self._write_and_publish, op, slots, infos, src) for op in self._plan(slots)
+            partial(self._write_and_publish, op, slots, infos, src)
+            for op in self._io.plan(places, self._engine.num_threads)
         ]
-        futures = self._engine.submit(jobs, urgent=False)
-        return FutureTransfer(_describe("write", infos), len(slots) * self.slot_bytes, futures)
+        return self._start(
+            _describe("write", infos), len(slots) * self.slot_bytes, jobs, urgent=False
+        )
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the invariant does not hold."""
@@ -287,31 +293,30 @@ class DiskTier(Tier):
         if self._closed:
             raise ClosedError("the disk tier is closed")
 
-    def _plan(self, slots: Sequence[SlotId]) -> list[Operation]:
-        places = [locate(slot) for slot in slots]
-        return self._io.plan(places, self._engine.num_threads)
-
-    def _io_of(self, segment: int) -> RecordIo:
-        return self._adopted_io.get(segment, self._io)
-
-    def _read_op(
+    def _read_job(
         self,
-        op: Operation,
-        slots: Sequence[SlotId],
-        infos: Sequence[ChunkInfo],
-        out: Sequence[Tensor],
-        scratch: memoryview,
-    ) -> None:
-        adopted = self._adopted_io.get(op.segment)
+        places: Sequence[tuple[int, int]],
+        members: Sequence[int],
+        read: Callable[..., None],
+        *args: object,
+    ) -> Job:
+        """Return a job that calls a method of the ``RecordIo`` for the members' segment."""
+        segment = places[members[0]][0]
+        adopted = self._adopted_io.get(segment)
         if adopted is None:
-            self._io.read(op, infos, out, scratch)
-            return
+            return partial(read, self._io, *args)
+        path = self._files.path(segment)
+        suspects = [(path, places[member][1]) for member in members]
+        return partial(self._read_noting_suspects, partial(read, adopted, *args), suspects)
+
+    def _read_noting_suspects(
+        self, read: Job, suspects: Sequence[tuple[Path, int]], scratch: memoryview
+    ) -> None:
         try:
-            adopted.read(op, infos, out, scratch)
+            read(scratch)
         except CorruptChunk:
-            path = self._files.path(op.segment)
             with self._lock:
-                self._suspects += [(path, locate(slots[member])[1]) for member in op.members]
+                self._suspects += suspects
             raise
 
     def _write_and_publish(
@@ -341,7 +346,7 @@ class DiskTier(Tier):
             self._check_open()
             missing = [slot for slot in slots if slot not in self._written]
         if not missing:
-            return FutureTransfer(what, num_bytes, self._engine.submit(jobs, urgent=True))
+            return self._start(what, num_bytes, jobs, urgent=True)
         failed: Future[None] = Future()
         failed.set_exception(
             CorruptChunk(
@@ -350,6 +355,10 @@ class DiskTier(Tier):
             )
         )
         return FutureTransfer(what, num_bytes, [failed])
+
+    def _start(self, what: str, num_bytes: int, jobs: list[Job], *, urgent: bool) -> Transfer:
+        futures = self._engine.submit(jobs, urgent=urgent, what=what)
+        return FutureTransfer(what, num_bytes, futures, withdraw=self._engine.withdraw)
 
 
 def _describe(verb: str, infos: Sequence[ChunkInfo]) -> str:

@@ -28,7 +28,8 @@ class IoEngine:
     ----------
     num_threads : int
     max_queued : int
-        Jobs waiting for a thread; a batch that does not fit waits, unless the queue is empty.
+        Jobs of each kind waiting for a thread, so that reads find room when writes have none; a
+        batch that does not fit waits, unless none of its kind is queued.
     deadline_s : float
         Longest wait for room in the queue, and for the jobs that are left at ``close``.
     """
@@ -56,7 +57,9 @@ class IoEngine:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, jobs: Sequence[Job], *, urgent: bool) -> list[Future[None]]:
+    def submit(
+        self, jobs: Sequence[Job], *, urgent: bool, what: str = "disk I/O"
+    ) -> list[Future[None]]:
         """Queue a batch of jobs, all or none.
 
         Parameters
@@ -64,11 +67,14 @@ class IoEngine:
         jobs : sequence of callable
         urgent : bool
             Run before everything that is not urgent.
+        what : str
+            Names the batch in the message of a missed deadline.
 
         Returns
         -------
         list of Future
-            One per job. Cancelling one that has not started keeps it from running.
+            One per job. Cancelling one that has not started keeps it from running; ``withdraw``
+            cancels several together.
 
         Raises
         ------
@@ -77,17 +83,34 @@ class IoEngine:
             No room in the queue within ``deadline_s``.
         """
         tasks = [_Task(job) for job in jobs]
+        queue = self._urgent if urgent else self._patient
         with self._lock:
-            if not self._room.wait_for(lambda: self._admits(len(tasks)), self.deadline_s):
+            if not self._room.wait_for(lambda: self._admits(queue, len(tasks)), self.deadline_s):
                 raise TransferTimeout(
-                    f"{len(tasks)} disk operations found no room for {self.deadline_s} s: "
-                    f"{self._num_queued} queued, at most {self.max_queued}"
+                    f"{what}: {len(tasks)} operations found no room for {self.deadline_s} s: "
+                    f"{len(queue)} queued, at most {self.max_queued}"
                 )
             if self._closing:
-                raise ClosedError("the disk I/O engine is closed")
-            (self._urgent if urgent else self._patient).extend(tasks)
+                raise ClosedError(f"{what}: the disk I/O engine is closed")
+            queue.extend(tasks)
             self._work.notify(len(tasks))
         return [task.future for task in tasks]
+
+    def withdraw(self, futures: Sequence[Future[None]]) -> bool:
+        """Cancel jobs, all of them or none.
+
+        Returns
+        -------
+        bool
+            True: none has started, and none will. False: one has, and nothing has changed.
+        """
+        with self._lock:
+            wanted = {future for future in futures if not future.cancelled()}
+            queued = {task for task in (*self._urgent, *self._patient) if task.future in wanted}
+            if len(queued) < len(wanted):
+                return False
+            self._drop(queued)
+            return True
 
     def close(self) -> None:
         """Finish what was queued, then stop the threads. Idempotent.
@@ -107,7 +130,8 @@ class IoEngine:
             thread.join(max(0.0, deadline - time.monotonic()))
         stuck = [thread.name for thread in self._threads if thread.is_alive()]
         if stuck:
-            self._cancel_queued()
+            with self._lock:
+                self._drop({*self._urgent, *self._patient})
             raise TransferTimeout(
                 f"disk I/O still running {self.deadline_s} s after close: {', '.join(stuck)}"
             )
@@ -116,14 +140,17 @@ class IoEngine:
     def _num_queued(self) -> int:
         return len(self._urgent) + len(self._patient)
 
-    def _admits(self, n: int) -> bool:
-        queued = self._num_queued
-        return self._closing or queued == 0 or queued + n <= self.max_queued
+    def _admits(self, queue: "deque[_Task]", n: int) -> bool:
+        return self._closing or not queue or len(queue) + n <= self.max_queued
 
-    def _cancel_queued(self) -> None:
-        with self._lock:
-            for task in (*self._urgent, *self._patient):
-                task.future.cancel()
+    def _drop(self, tasks: "set[_Task]") -> None:
+        for queue in (self._urgent, self._patient):
+            kept = [task for task in queue if task not in tasks]
+            queue.clear()
+            queue.extend(kept)
+        for task in tasks:
+            task.cancel()
+        self._room.notify_all()
 
     def _serve(self) -> None:
         scratch = memoryview(mmap.mmap(-1, SCRATCH_PAGES * PAGE_BYTES))
@@ -147,6 +174,11 @@ class _Task:
     def __init__(self, job: Job) -> None:
         self._job = job
         self.future: Future[None] = Future()
+
+    def cancel(self) -> None:
+        self.future.cancel()
+        # Out of the queue, no thread comes across the job to wake those who wait for it.
+        self.future.set_running_or_notify_cancel()
 
     def run(self, scratch: memoryview) -> None:
         future = self.future

@@ -1,6 +1,6 @@
 """Plan disk I/O: which records go together into one system call. Pure functions, no I/O."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +12,10 @@ MIN_SPLIT_BYTES = 1 << 20
 
 MAX_OP_BUFFERS = 1024
 """``IOV_MAX`` on Linux: buffers one ``preadv`` or ``pwritev`` takes."""
+
+
+MIN_SHARE = 4
+"""Records. Handing fewer to another thread takes longer than reading them."""
 
 
 class Extent(NamedTuple):
@@ -103,3 +107,66 @@ def plan_io(
     if members:
         ops.append(Operation(segment, start, end - start, tuple(members)))
     return ops
+
+
+def share_out(
+    places: Sequence[tuple[int, int]],
+    num_threads: int,
+    max_records: int,
+    *,
+    min_records: int = MIN_SHARE,
+) -> list[list[int]]:
+    """Divide records, of which only parts are to be read, among threads.
+
+    Parameters
+    ----------
+    places : sequence of (segment, index)
+    num_threads : int
+        Shares stop growing once each thread has one, but not before ``min_records``.
+    max_records, min_records : int
+        Of one share.
+
+    Returns
+    -------
+    list of list of int
+        Indexes into ``places``, each of them once; the records of one share are of one segment and
+        in disk order.
+    """
+    size = min(max_records, max(min_records, -(-len(places) // max(1, num_threads))))
+    shares: list[list[int]] = []
+    for i in sorted(range(len(places)), key=places.__getitem__):
+        has_room = shares and len(shares[-1]) < size
+        if not has_room or places[shares[-1][0]][0] != places[i][0]:
+            shares.append([])
+        shares[-1].append(i)
+    return shares
+
+
+def join_pieces(
+    pieces: Iterable[tuple[int, memoryview]], spill: memoryview
+) -> list[tuple[int, list[memoryview]]]:
+    """Join pieces of a file into few vectored reads, by reading what lies between them as well.
+
+    Parameters
+    ----------
+    pieces : iterable of (offset, buffer)
+        Where in the file, and where to; in the order in which they lie there. One that starts
+        before the end of the last one begins a new read.
+    spill : memoryview
+        Where the bytes between two pieces go, if it is large enough for them.
+
+    Returns
+    -------
+    list of (offset, buffers)
+        At most twice as many buffers as pieces.
+    """
+    reads: list[tuple[int, list[memoryview]]] = []
+    end = 0
+    for offset, buffer in pieces:
+        gap = offset - end
+        if not reads or not 0 <= gap <= len(spill):
+            reads.append((offset, [buffer]))
+        else:
+            reads[-1][1].extend([spill[:gap], buffer] if gap else [buffer])
+        end = offset + len(buffer)
+    return reads

@@ -1,4 +1,4 @@
-"""Give a part of a file back to the file system."""
+"""Give a part of a file back to the file system, or set some aside."""
 
 import ctypes
 import errno
@@ -21,17 +21,18 @@ def punch_hole(fd: int, offset: int, num_bytes: int) -> int:
     offset, num_bytes : int
         Whole blocks of the file system; parts of blocks are zeroed, not given back.
     """
-    call = _fallocate()
+    return _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, num_bytes)
+
+
+def reserve(fd: int, num_bytes: int) -> int:
+    """Set space aside for the first bytes of a file, whose size stays; return 0 or an ``errno``."""
+    return _fallocate(fd, _KEEP_SIZE, 0, num_bytes)
+
+
+def _fallocate(fd: int, mode: int, offset: int, num_bytes: int) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)  # Python offers no fallocate(2) with a mode
+    call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
     if call is None:
         return errno.ENOSYS
-    return 0 if call(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, num_bytes) == 0 else ctypes.get_errno()
-
-
-@functools.cache
-def _fallocate() -> Callable[[int, int, int, int], int] | None:
-    """Return fallocate(2), which Python does not offer with a mode; None where there is none."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
-    if call is not None:
-        call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    return call
+    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return 0 if call(fd, mode, offset, num_bytes) == 0 else ctypes.get_errno()

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from offload.errors import StorageError
-from offload.tiers.io_plan import Extent, Operation, plan_io
+from offload.tiers.io_plan import (
+    MAX_OP_BUFFERS,
+    MAX_OP_BYTES,
+    Extent,
+    Operation,
+    join_pieces,
+    plan_io,
+    share_out,
+)
 from offload.tiers.record import (
     RecordFormat,
     check_header,
@@ -21,6 +29,12 @@ from offload.tiers.syscalls import VectoredCall, read_fully, supports_direct_io,
 from offload.types import PAGE_BYTES, ChunkInfo
 
 _BUFFERS_PER_RECORD = 2
+
+_SPILL_BYTES = 8 * PAGE_BYTES
+"""A gap of so many bytes is read as fast as it is skipped by another system call, for less CPU."""
+
+_MAX_SHARE = MAX_OP_BUFFERS // (2 * _BUFFERS_PER_RECORD)
+"""Records whose pieces, and the gaps between them, fit into one system call."""
 
 
 class RecordIo:
@@ -130,48 +144,65 @@ class RecordIo:
 
         self._on_file(op.segment, move, writing=True, is_aligned=is_aligned)
 
+    def plan_heads(
+        self, places: Sequence[tuple[int, int]], num_bytes: int, num_threads: int
+    ) -> list[list[int]]:
+        """Divide records, of which ``num_bytes`` of heads are to be read, into jobs."""
+        most = max(1, min(_MAX_SHARE, MAX_OP_BYTES // (PAGE_BYTES + num_bytes)))
+        return share_out(places, num_threads, most)
+
     def read_heads(
         self,
-        place: tuple[int, int],
-        info: ChunkInfo,
+        places: Sequence[tuple[int, int]],
+        members: Sequence[int],
+        infos: Sequence[ChunkInfo],
         first: int,
-        out: Tensor,
+        out: Sequence[Tensor],
         scratch: memoryview,
     ) -> None:
-        """Fill a buffer with consecutive KV heads of one record, verifying these only.
+        """Fill buffers with consecutive KV heads of some records, verifying these only.
 
         Parameters
         ----------
-        place : tuple of int
-            Segment and index.
-        info : ChunkInfo
+        places : sequence of (segment, index)
+        members : sequence of int
+            Indexes into ``places``, ``infos`` and ``out``, from ``plan_heads``.
+        infos : sequence of ChunkInfo
         first : int
             The first head.
-        out : Tensor, uint8
-            A whole number of heads.
+        out : sequence of Tensor, uint8
+            A whole number of heads each.
         scratch : memoryview
-            A page.
+            A page for each record, and ``_SPILL_BYTES``.
 
         Raises
         ------
         CorruptChunk
         StorageError
         """
-        segment, index = place
-        header, payload = scratch[:PAGE_BYTES], _view(out)
-        start = index * self.fmt.record_bytes
-        offset = start + PAGE_BYTES + first * self.fmt.head_bytes
-        is_aligned = _are_aligned([out]) and self.fmt.head_bytes % PAGE_BYTES == 0
+        segment = places[members[0]][0]
+        spill, pages = scratch[:_SPILL_BYTES], scratch[_SPILL_BYTES:]
+        headers = [pages[i * PAGE_BYTES : (i + 1) * PAGE_BYTES] for i in range(len(members))]
+        payloads = [_view(out[member]) for member in members]
+        pieces: list[tuple[int, memoryview]] = []
+        for member, header, payload in zip(members, headers, payloads, strict=True):
+            start = places[member][1] * self.fmt.record_bytes
+            pieces.append((start, header))
+            pieces.append((start + PAGE_BYTES + first * self.fmt.head_bytes, payload))
+        reads = join_pieces(pieces, spill)
+        path = self._files.path(segment)
 
         def move(fd: int) -> None:
-            what = self._describe("read", segment, start, PAGE_BYTES)
-            read_fully(fd, [header], start, what, self._preadv)
-            what = self._describe("read", segment, offset, len(payload))
-            read_fully(fd, [payload], offset, what, self._preadv)
+            for offset, buffers in reads:
+                what = f"read of {len(members)} records' heads at offset {offset} of {path}"
+                read_fully(fd, buffers, offset, what, self._preadv)
 
+        whole_pages = self.fmt.head_bytes % PAGE_BYTES == 0
+        is_aligned = whole_pages and _are_aligned(out[member] for member in members)
         self._on_file(segment, move, writing=False, is_aligned=is_aligned)
-        digests = check_header(header, self.fmt, info)
-        check_heads(payload, self.fmt, info, digests, first)
+        for member, header, payload in zip(members, headers, payloads, strict=True):
+            digests = check_header(header, self.fmt, infos[member])
+            check_heads(payload, self.fmt, infos[member], digests, first)
 
     def _on_file(
         self, segment: int, move: Callable[[int], None], *, writing: bool, is_aligned: bool

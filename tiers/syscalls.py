@@ -1,9 +1,11 @@
 """System calls for disk I/O that finish what they begin, and say what went wrong."""
 
+import contextlib
 import errno
+import fcntl
 import mmap
 import os
-import threading
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +17,8 @@ VectoredCall = Callable[[int, Sequence[memoryview], int], int]
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _REFUSES_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
+_CANNOT_TELL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""A full disk can still be read."""
 
 
 def read_fully(
@@ -85,23 +89,30 @@ def supports_direct_io(directory: Path) -> bool:
     ConfigError
         No file can be written there at all.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    path = directory / f".probe-{os.getpid()}-{threading.get_ident()}"
     page = mmap.mmap(-1, PAGE_BYTES)
     try:
-        os.close(os.open(path, flags, 0o600))
+        fd = _open_nameless(directory)
         try:
-            fd = os.open(path, os.O_RDWR | getattr(os, "O_DIRECT", 0) | os.O_CLOEXEC)
-            try:
-                return os.pwritev(fd, [page], 0) == os.preadv(fd, [page], 0) == PAGE_BYTES
-            finally:
-                os.close(fd)
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL) | getattr(os, "O_DIRECT", 0)
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+            return os.pwritev(fd, [page], 0) == os.preadv(fd, [page], 0) == PAGE_BYTES
         finally:
-            os.unlink(path)
+            os.close(fd)
     except OSError as error:
-        if error.errno in _REFUSES_DIRECT:
+        if error.errno in _REFUSES_DIRECT | _CANNOT_TELL:
             return False
         raise ConfigError(f"cannot write in {directory}: {error.strerror}") from error
+
+
+def _open_nameless(directory: Path) -> int:
+    """Open a new file that is gone when it is closed, even if the process is killed."""
+    if hasattr(os, "O_TMPFILE"):
+        with contextlib.suppress(OSError):  # the other way says what is wrong
+            return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    path = directory / f".probe-{secrets.token_hex(8)}"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    os.unlink(path)
+    return fd
 
 
 def _move_all(

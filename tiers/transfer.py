@@ -1,6 +1,6 @@
 """A copy in flight, and the simplest ways to have one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Protocol
 
@@ -35,7 +35,14 @@ class Transfer(Protocol):
         ...
 
     def cancel(self) -> bool:
-        """Give up if nothing has started. True if nothing was or will be moved."""
+        """Give the transfer up, unless any of it has started.
+
+        Returns
+        -------
+        bool
+            True: nothing was or will be moved, and ``wait`` raises TransferCancelled.
+            False: nothing has changed, the transfer goes on to its end.
+        """
         ...
 
 
@@ -69,6 +76,9 @@ class FutureTransfer:
         no thread touches the buffers once ``wait`` has returned or raised (a timeout excepted).
     finish : callable, optional
         Runs once, in the first ``wait`` that sees every job done, whether or not one failed.
+    withdraw : callable, optional
+        Cancels all of the jobs or none; True if it did. Without it, several jobs cannot be
+        cancelled, because one might start while another is being cancelled.
     """
 
     def __init__(
@@ -77,17 +87,21 @@ class FutureTransfer:
         num_bytes: int,
         futures: list[Future[None]],
         finish: Callable[[], None] | None = None,
+        *,
+        withdraw: Callable[[Sequence[Future[None]]], bool] | None = None,
     ) -> None:
         self.what = what
         self.num_bytes = num_bytes
         self._futures = futures
         self._finish = finish
+        self._withdraw = withdraw or _cancel_only_job
 
     def done(self) -> bool:  # noqa: D102 - docstring inherited
         return all(future.done() for future in self._futures)
 
     def wait(self, timeout_s: float | None = None) -> None:  # noqa: D102 - docstring inherited
-        _, pending = wait(self._futures, timeout=timeout_s)
+        # Done includes cancelled, which ``wait`` sees only when a thread comes across the job.
+        _, pending = wait([job for job in self._futures if not job.done()], timeout=timeout_s)
         if pending:
             raise TransferTimeout(
                 f"{self.what}: not done after {timeout_s} s "
@@ -102,5 +116,8 @@ class FutureTransfer:
             future.result()
 
     def cancel(self) -> bool:  # noqa: D102 - docstring inherited
-        cancelled = [future.cancel() for future in self._futures]
-        return all(cancelled)
+        return bool(self._futures) and self._withdraw(self._futures)
+
+
+def _cancel_only_job(futures: Sequence[Future[None]]) -> bool:
+    return len(futures) == 1 and futures[0].cancel()

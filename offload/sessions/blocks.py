@@ -4,7 +4,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 
 from offload.errors import CorruptCatalog
-from offload.sessions.schema import check_row, checksum
+from offload.sessions.schema import check_row, checksum, integer
 from offload.sessions.session_file import BlockRef
 
 
@@ -15,7 +15,7 @@ def find_by_key(db: sqlite3.Connection, key: bytes) -> tuple[str, int] | None:
         "WHERE b.key = ? AND b.is_bad = 0",
         (key,),
     ).fetchone()
-    return None if row is None else (str(row[0]), _integer(row[1]))
+    return None if row is None else (str(row[0]), integer(row[1]))
 
 
 def find_by_place(db: sqlite3.Connection, ref: BlockRef) -> int | None:
@@ -25,7 +25,7 @@ def find_by_place(db: sqlite3.Connection, ref: BlockRef) -> int | None:
         "WHERE s.name = ? AND b.position = ? AND b.is_bad = 0",
         (ref.segment, ref.position),
     ).fetchone()
-    return None if row is None else _integer(row[0])
+    return None if row is None else integer(row[0])
 
 
 def is_kept(db: sqlite3.Connection, ref: BlockRef) -> bool:
@@ -57,7 +57,7 @@ def revive(db: sqlite3.Connection, ref: BlockRef) -> int | None:
     db.execute(
         "DELETE FROM garbage_blocks WHERE segment = ? AND position = ?", (row[0], ref.position)
     )
-    return add_block(db, _integer(row[0]), ref.position, ref.key)
+    return add_block(db, integer(row[0]), ref.position, ref.key)
 
 
 def add_block(db: sqlite3.Connection, segment: int, position: int, key: bytes | None) -> int:
@@ -67,7 +67,7 @@ def add_block(db: sqlite3.Connection, segment: int, position: int, key: bytes | 
         "INSERT INTO blocks (key, segment, position) VALUES (?, ?, ?)",
         (None if taken else key, segment, position),
     )
-    return _integer(cursor.lastrowid)
+    return integer(cursor.lastrowid)
 
 
 def add_segment(
@@ -86,7 +86,7 @@ def add_segment(
         "used_bytes, checksum) VALUES (?, ?, ?, ?, ?, ?, ?)",
         (*values, checksum(*values)),
     )
-    return _integer(cursor.lastrowid)
+    return integer(cursor.lastrowid)
 
 
 def segment_shape(db: sqlite3.Connection, name: str) -> tuple[int, int, int]:
@@ -95,7 +95,9 @@ def segment_shape(db: sqlite3.Connection, name: str) -> tuple[int, int, int]:
     if row is None:
         raise CorruptCatalog(f"the catalog has no segment {name}; try `offload fsck --rebuild`")
     check_row("segments", row[1:-1], row[-1])
-    return _integer(row[0]), _integer(row[3]), _integer(row[4])
+    if row[1] != name:
+        raise CorruptCatalog(f"the catalog has segment {row[1]!r} under the name {name!r}")
+    return integer(row[0]), integer(row[3]), integer(row[4])
 
 
 def segment_ids(db: sqlite3.Connection, names: Iterable[str]) -> dict[str, int]:
@@ -109,9 +111,3 @@ def link_blocks(db: sqlite3.Connection, session: str, blocks: Sequence[int]) -> 
         "INSERT INTO session_blocks VALUES (?, ?, ?)",
         [(session, number, block) for number, block in enumerate(blocks)],
     )
-
-
-def _integer(value: object) -> int:
-    if not isinstance(value, int):
-        raise CorruptCatalog(f"the catalog has {value!r} where a number belongs")
-    return value

@@ -1,19 +1,38 @@
 """The SQLite catalog of a root: one connection, its transactions, and its settings."""
 
 import contextlib
+import logging
 import os
 import sqlite3
 import threading
 from collections.abc import Iterator
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
-from offload.errors import ClosedError, CorruptCatalog, DiskFull, StorageError
-from offload.sessions.schema import TABLES, VERSION, check_row, checksum
+from offload.errors import (
+    ClosedError,
+    ConfigError,
+    CorruptCatalog,
+    DiskFull,
+    OffloadError,
+    StorageError,
+)
+from offload.sessions.paths import allocated_bytes, remove
+from offload.sessions.schema import VERSION, check_row, check_schema, checksum, statements
+from offload.tiers.punch import reserve
+from offload.tiers.syscalls import as_storage_error
+
+_LOG = logging.getLogger(__name__)
 
 _BUSY_S = 60.0
 _SYNCHRONOUS = {"none": "OFF", "relaxed": "NORMAL", "strict": "FULL"}
 _WAL_BYTES = 1 << 20
+_NO_SPACE = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
+_NO_FAULT_OF_THE_FILE = tuple(
+    f"SQLITE_{name}"
+    for name in ("BUSY", "LOCKED", "PROTOCOL", "IOERR", "CANTOPEN", "READONLY", "PERM", "NOMEM")
+)
 
 Row = tuple[Any, ...]
 
@@ -29,14 +48,18 @@ class Catalog:
         Made if it is missing.
     durability : {"none", "relaxed", "strict"}
         What of the last transactions a power cut may undo: ``strict`` nothing.
+    may_create : bool
+        Whether an empty catalog is a new one, or one that has lost everything.
 
     Raises
     ------
     CorruptCatalog
         The file is no catalog, or damaged where SQLite or we can see it.
+    ConfigError
+        A newer version of this package has made it.
     """
 
-    def __init__(self, path: Path, durability: str) -> None:
+    def __init__(self, path: Path, durability: str, *, may_create: bool = True) -> None:
         self.path = path
         self._lock = threading.RLock()
         self._pid = os.getpid()
@@ -47,13 +70,14 @@ class Catalog:
                 path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
             )
             try:
-                self._set_up(_SYNCHRONOUS[durability])
+                self._set_up(_SYNCHRONOUS[durability], may_create)
             except BaseException:
                 self._db.close()
                 raise
 
-    def _set_up(self, synchronous: str) -> None:
+    def _set_up(self, synchronous: str, may_create: bool) -> None:
         self._db.execute("PRAGMA cell_size_check = ON")
+        self._db.execute("PRAGMA trusted_schema = OFF")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute(f"PRAGMA synchronous = {synchronous}")
         self._db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
@@ -62,15 +86,42 @@ class Catalog:
         [found] = self._db.execute("PRAGMA user_version").fetchone()
         [num_tables] = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if found == 0 and num_tables == 0:
-            for statement in TABLES.split(";"):
+            if not may_create:
+                raise CorruptCatalog(f"{self.path} is missing or empty, though there are sessions")
+            for statement in statements():
                 self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version = {VERSION}")
-        elif found != VERSION:
+        elif found > VERSION:
+            # Not CorruptCatalog: a rebuild would take what a newer version has written for damage.
+            raise ConfigError(
+                f"{self.path} has version {found}, this code reads {VERSION}; if no newer version "
+                "of this package has used it, `offload fsck --rebuild` makes a new one"
+            )
+        elif found < VERSION:
             raise CorruptCatalog(
                 f"{self.path} has version {found}, this code reads {VERSION}; "
                 "`offload fsck --rebuild` makes a new catalog from the files"
             )
+        check_schema(self._db)
         self._db.execute("COMMIT")
+        self._reserve_log()
+
+    def _reserve_log(self) -> None:
+        """Set space aside for the log, so that sessions on a full disk can be opened.
+
+        SQLite has no lock on its log that closing this descriptor could drop.
+        """
+        log = self.path.with_name(self.path.name + "-wal")
+        try:
+            fd = os.open(log, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return  # where memory cannot be shared, SQLite keeps a journal instead
+        try:
+            code = reserve(fd, _WAL_BYTES)
+        finally:
+            os.close(fd)
+        if code:
+            _LOG.debug("no space set aside for %s: %s", log, os.strerror(code))
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -101,9 +152,8 @@ class Catalog:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the database and its log."""
-        paths = (self.path.with_name(self.path.name + end) for end in ("", "-wal", "-shm"))
-        return sum(path.stat().st_size for path in paths if path.exists())
+        """Bytes that the database and its log take up."""
+        return sum(map(allocated_bytes, catalog_files(self.path)))
 
     def close(self) -> None:
         """Close the connection. Idempotent; in a forked child it is not ours to close."""
@@ -117,6 +167,17 @@ class Catalog:
             raise ClosedError("the session store is closed")
         if os.getpid() != self._pid:
             raise ClosedError("a session store cannot be used in a forked process; open it again")
+
+
+def catalog_files(path: Path) -> list[Path]:
+    """Return the names of a database and of what SQLite keeps beside it."""
+    return [path.with_name(path.name + end) for end in ("", "-wal", "-shm")]
+
+
+def remove_catalog(path: Path) -> None:
+    """Remove a database that nobody has open, if it is there."""
+    for file in catalog_files(path):
+        remove(file)
 
 
 def get_meta(db: sqlite3.Connection, key: str) -> str | None:
@@ -135,20 +196,32 @@ def set_meta(db: sqlite3.Connection, key: str, value: str) -> None:
 
 @contextlib.contextmanager
 def _translated(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors into ours."""
+    """Turn SQLite's errors, and the system's, into ours."""
     try:
         yield
-    except sqlite3.OperationalError as error:
+    except OffloadError:
+        raise
+    except OSError as error:
+        raise as_storage_error(error, f"{path}, or a file beside it") from error
+    except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", "")
-        if name == "SQLITE_FULL":
-            raise DiskFull(f"{path}: {error}") from error
-        if name.startswith(("SQLITE_BUSY", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY")):
+        if name in _NO_SPACE:
+            raise DiskFull(ENOSPC, f"{path}: {error} ({name})") from error
+        if name.startswith(_NO_FAULT_OF_THE_FILE):
             raise StorageError(f"{path}: {error} ({name})") from error
         raise CorruptCatalog(f"{path}: {error}; try `offload fsck --rebuild`") from error
-    except (sqlite3.DatabaseError, OverflowError, UnicodeDecodeError) as error:
+    except (OverflowError, UnicodeDecodeError) as error:
         raise CorruptCatalog(f"{path}: {error}; try `offload fsck --rebuild`") from error
 
 
 def _make_private(path: Path) -> None:
-    """Make the file before SQLite does, so that it and its log are for the owner only."""
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+    """Make the file before SQLite does, so that it and its log are for the owner only.
+
+    One that is there is not opened: closing it would drop every POSIX lock this process has on it,
+    and other processes would take a connection that is open here for closed.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, flags, 0o600))
+    if path.is_symlink():
+        raise ConfigError(f"{path} is a link; a catalog lies in its root")

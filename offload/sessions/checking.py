@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from errno import EIO, ENOENT
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from offload.errors import StorageError
+from offload.errors import CorruptChunk, StorageError
 from offload.sessions.keys import record_id
 from offload.sessions.session_file import BlockRef
 from offload.tiers.io_engine import IoEngine
@@ -105,6 +106,11 @@ class RecordChecker:
             In the order of the file.
         progress : callable
             Told how many more records have been read.
+
+        Raises
+        ------
+        StorageError, TransferTimeout
+            It cannot be told: too many open files, say.
         """
         todo = list(expected)
         burst = max(1, min(len(todo), _BURST_BYTES // self._slot_bytes))
@@ -116,6 +122,8 @@ class RecordChecker:
                     try:
                         self._read([(index, info)], buffers)
                     except StorageError as error:
+                        if not _is_damage(error):
+                            raise
                         yield BadRecord(self._path, index, str(error))
             progress(len(part))
 
@@ -149,3 +157,8 @@ class RecordChecker:
             (op, FutureTransfer(what, op.num_bytes, [future]))
             for op, future in zip(ops, futures, strict=True)
         ]
+
+
+def _is_damage(error: StorageError) -> bool:
+    """Whether an error says something about the record, and not about this process."""
+    return isinstance(error, CorruptChunk) or error.errno in (EIO, ENOENT)

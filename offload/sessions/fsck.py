@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from offload.errors import CorruptCatalog, StorageError
@@ -17,7 +18,8 @@ from offload.sessions.garbage import collect, forget_session
 from offload.sessions.paths import allocated_bytes, remove
 from offload.sessions.quarantine import quarantine_file, quarantine_records
 from offload.sessions.root import Root
-from offload.sessions.session_file import SessionFile, read_session_file
+from offload.sessions.schema import check_row
+from offload.sessions.session_file import SessionFile, read_session_file, renamed
 from offload.tiers.io_engine import IoEngine
 from offload.tiers.record import RecordFormat
 
@@ -86,14 +88,14 @@ def fsck(root: Root, *, repair: bool = False, progress: Progress | None = None) 
         The catalog cannot be read; ``rebuild`` can make a new one.
     """
     started, report = time.perf_counter(), FsckReport()
-    found = list(
-        root.paths.data_files()
-    )  # before the catalog: what is published later is no orphan
+    # Before the catalog: what is published later is no orphan.
+    found = list(root.paths.data_files())
     report.catalog_errors = [
         str(message)
         for (message,) in root.catalog.rows("PRAGMA integrity_check")
         if message != "ok"
     ]
+    _check_rows(root, report)
     files = _session_files(root, report)
     check_sessions(root, files, report, progress or (lambda done, total: None))
     _account(root, found, report)
@@ -106,7 +108,10 @@ def fsck(root: Root, *, repair: bool = False, progress: Progress | None = None) 
 def check_sessions(
     root: Root, files: Iterable[SessionFile], report: FsckReport, progress: Progress
 ) -> None:
-    """Verify every record that sessions name, once, and note what is bad in the report."""
+    """Verify every record that sessions name, once, and note what is bad in the report.
+
+    Of a session that is deleted meanwhile, nothing is.
+    """
     expected: dict[tuple[str, RecordFormat], Records] = {}
     for file in files:
         size = file.layout.chunk_tokens
@@ -125,13 +130,42 @@ def check_sessions(
         for (segment, fmt), records in sorted(expected.items(), key=lambda item: item[0][0]):
             checker = RecordChecker(root.paths.segment(segment), fmt, engine, root.deadline_s)
             todo: list[Expected] = sorted(records.items())
-            report.bad_records += checker.check(todo, advance)
+            bad = list(checker.check(todo, advance))
+            report.bad_records += [record for record in bad if _is_needed(root, segment, record)]
             report.num_bytes += len(todo) * fmt.record_bytes
     finally:
         engine.close()
 
 
+def _is_needed(root: Root, segment: str, record: BadRecord) -> bool:
+    rows = root.catalog.rows(
+        "SELECT 1 FROM segments s JOIN blocks b ON b.segment = s.id "
+        "WHERE s.name = ? AND b.position = ? % s.num_positions",
+        segment,
+        record.index,
+    )
+    return bool(rows)
+
+
+def _check_rows(root: Root, report: FsckReport) -> None:
+    """Verify the checksums of rows, but for those of sessions, which are next."""
+    for table, query in (
+        ("meta", "SELECT * FROM meta"),
+        (
+            "segments",
+            "SELECT name, namespace, num_layers, num_positions, record_bytes, used_bytes, checksum "
+            "FROM segments",
+        ),
+    ):
+        for row in root.catalog.rows(query):
+            try:
+                check_row(table, row[:-1], row[-1])
+            except CorruptCatalog as error:
+                report.catalog_errors.append(str(error))
+
+
 def _session_files(root: Root, report: FsckReport) -> list[SessionFile]:
+    """Return what the files of all sessions say, but for their tensors."""
     files = []
     for identity, name in root.catalog.rows("SELECT id, name FROM sessions"):
         report.num_sessions += 1
@@ -140,12 +174,30 @@ def _session_files(root: Root, report: FsckReport) -> list[SessionFile]:
             file = read_session_file(root.paths.session(identity))
             if file.identity != identity:
                 raise CorruptCatalog(f"the file of session {identity} is that of {file.identity}")
+            difference = _difference(root, file)
         except StorageError as error:
             if root.find(name) == identity:  # else it was deleted meanwhile
                 report.bad_sessions[str(name)] = str(error)
         else:
-            files.append(file)
+            if difference is not None and root.find(name) == identity:
+                report.catalog_errors.append(f"session {name!r}: {difference}")
+            files.append(renamed(file, tensors={}))
     return files
+
+
+def _difference(root: Root, file: SessionFile) -> str | None:
+    """Say where the catalog and the file of a session disagree."""
+    rows = root.catalog.rows(
+        "SELECT s.name, b.position FROM session_blocks m JOIN blocks b ON b.id = m.block "
+        "JOIN segments s ON s.id = b.segment WHERE m.session = ? ORDER BY m.number",
+        file.identity,
+    )
+    expected = [(ref.segment, ref.position) for row in file.rows for ref in row]
+    if rows == expected:
+        return None
+    pairs = enumerate(zip_longest(expected, rows))
+    number, (want, got) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
+    return f"chunk {number} lies at {want} by its file, at {got} by the catalog"
 
 
 def _account(root: Root, found: list[Path], report: FsckReport) -> None:
@@ -166,7 +218,7 @@ def _account(root: Root, found: list[Path], report: FsckReport) -> None:
     under_way = {path.name for path in known}
     for path in found:
         is_known = path in known or path.name.removesuffix(".tmp") in under_way
-        if not is_known and path.exists() and not path.name.startswith(".probe-"):
+        if not is_known and path.exists():
             report.orphans.append(path)
         report.physical_bytes += allocated_bytes(path)
     [[segments, files]] = root.catalog.rows(

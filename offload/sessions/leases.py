@@ -4,7 +4,7 @@ import sqlite3
 from collections.abc import Iterable
 
 from offload.sessions.owners import is_alive
-from offload.sessions.paths import RootPaths, new_id, remove
+from offload.sessions.paths import RootPaths, new_id, remove, temporary
 
 
 def add_lease(
@@ -52,11 +52,21 @@ def bury_dead_owners(db: sqlite3.Connection, paths: RootPaths, own: str) -> int:
     return len(dead)
 
 
+def remove_stale_locks(db: sqlite3.Connection, paths: RootPaths) -> None:
+    """Remove the files of owners that died before the catalog had heard of them."""
+    known = {paths.owner(owner) for (owner,) in db.execute("SELECT id FROM owners")}
+    for path in paths.owner_locks():
+        if path not in known and not is_alive(path):
+            remove(path)
+
+
 def discard_unpublished(
     db: sqlite3.Connection, paths: RootPaths, segment: str, session: str
 ) -> None:
-    """Remove the files of a reservation, unless the catalog lists them."""
-    if db.execute("SELECT 1 FROM segments WHERE name = ?", (segment,)).fetchone() is None:
-        remove(paths.segment(segment))
-    if db.execute("SELECT 1 FROM sessions WHERE id = ?", (session,)).fetchone() is None:
-        remove(paths.session(session))
+    """Remove the files of a reservation; of those the catalog lists, only what is temporary."""
+    for path, query in (
+        (paths.segment(segment), "SELECT 1 FROM segments WHERE name = ?"),
+        (paths.session(session), "SELECT 1 FROM sessions WHERE id = ?"),
+    ):
+        is_listed = db.execute(query, (path.stem,)).fetchone() is not None
+        remove(temporary(path) if is_listed else path)

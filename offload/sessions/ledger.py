@@ -11,10 +11,11 @@ from offload.errors import ConfigError, DiskFull
 from offload.sessions.catalog import Catalog, get_meta, set_meta
 from offload.sessions.garbage import collect, forget_session
 from offload.sessions.leases import bury_dead_owners
-from offload.sessions.paths import RootPaths
+from offload.sessions.paths import RootPaths, allocated_bytes
+from offload.sessions.schema import check_session_row
 
 OVERHEAD_BYTES = 8 << 20
-"""Set aside for the catalog, its log and the folders; more if the catalog is larger."""
+"""Set aside for the catalog, its log, the folders and quarantine; more if these are larger."""
 _LOG_BYTES = 4 << 20
 DEFAULT_MIN_FREE_BYTES = 1 << 30
 
@@ -98,7 +99,15 @@ class Ledger:
         with self._catalog.transaction() as db:
             return self._usage(db)
 
-    def reserve(self, num_bytes: int, segment: str, session: str, keep: str | None) -> None:
+    def reserve(
+        self,
+        num_bytes: int,
+        segment: str,
+        session: str,
+        keep: str | None,
+        *,
+        reservation: str | None = None,
+    ) -> None:
         """Set space aside for a save, evicting sessions that are not pinned, open, or ``keep``.
 
         Expired sessions go first, then the least recently used. Nothing is evicted unless it is
@@ -108,9 +117,11 @@ class Ledger:
         ----------
         num_bytes : int
         segment, session : str
-            The files about to be written; the session also names the reservation.
+            The files about to be written, which are removed if their owner dies.
         keep : str or None
             Identity of a session that is about to be replaced.
+        reservation : str, optional
+            Its name; by default that of the session.
 
         Raises
         ------
@@ -125,12 +136,23 @@ class Ledger:
                 if missing <= 0:
                     db.execute(
                         "INSERT INTO reservations VALUES (?, ?, ?, ?, ?)",
-                        (session, self._owner, num_bytes, segment, session),
+                        (reservation or session, self._owner, num_bytes, segment, session),
                     )
                     return
                 for victim in self._victims(db, missing, num_bytes, keep):
                     forget_session(db, victim)
             collect(self._catalog, self._paths)
+
+    def cancel(self, reservation: str) -> None:
+        """Give back what was set aside."""
+        with self._catalog.transaction() as db:
+            db.execute("DELETE FROM reservations WHERE id = ?", (reservation,))
+
+    def has_room_aside(self, num_bytes: int) -> bool:
+        """Whether so much more can be put into quarantine."""
+        usage = self.usage()
+        more = self._overhead_bytes(num_bytes) - self._overhead_bytes()
+        return usage.used_bytes + more <= usage.quota_bytes
 
     def _missing(self, db: sqlite3.Connection, num_bytes: int) -> int:
         """Return how many bytes short the quota or the device is."""
@@ -143,19 +165,17 @@ class Ledger:
         self, db: sqlite3.Connection, missing: int, num_bytes: int, keep: str | None
     ) -> list[str]:
         """Return sessions to evict, in order; raises if even all of them would not be enough."""
-        candidates = [
-            identity
-            for (identity,) in db.execute(
-                f"SELECT id FROM sessions s WHERE {_EVICTABLE} "
-                "ORDER BY coalesce(expires_at < ?1, 0) DESC, used_at, id",
-                (time.time(), keep),
-            )
-        ]
+        candidates = db.execute(
+            f"SELECT * FROM sessions s WHERE {_EVICTABLE} "
+            "ORDER BY coalesce(expires_at < ?1, 0) DESC, used_at, id",
+            (time.time(), keep),
+        ).fetchall()
         victims: list[str] = []
         gained = 0
-        for identity in candidates:
-            victims.append(identity)
-            gained += _gain(db, identity)
+        for row in candidates:
+            check_session_row(row)  # a flipped bit must not unpin a session
+            victims.append(row[0])
+            gained += _gain(db, row[0])
             if gained >= missing:
                 return victims
         # What two of them share comes back only with both, and has not been counted.
@@ -190,16 +210,19 @@ class Ledger:
             "FROM garbage_blocks g JOIN segments s ON s.id = g.segment"
         ).fetchone()
         [reserved] = db.execute("SELECT coalesce(sum(num_bytes), 0) FROM reservations").fetchone()
-        overhead = max(OVERHEAD_BYTES, self._catalog.num_bytes + _LOG_BYTES)
         return Usage(
             quota_bytes=int(get_meta(db, "quota_bytes") or 0),
-            used_bytes=segments + files + dead_files + reserved + overhead,
+            used_bytes=segments + files + dead_files + reserved + self._overhead_bytes(),
             reserved_bytes=reserved,
             garbage_bytes=dead_blocks + dead_files,
             min_free_bytes=int(get_meta(db, "min_free_bytes") or 0),
             free_bytes=self._free_bytes(),
             num_sessions=num,
         )
+
+    def _overhead_bytes(self, more_aside: int = 0) -> int:
+        aside = sum(map(allocated_bytes, self._paths.quarantine.iterdir()))
+        return max(OVERHEAD_BYTES, self._catalog.num_bytes + _LOG_BYTES + aside + more_aside)
 
     def _free_bytes(self) -> int:
         found = os.statvfs(self._paths.root)

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 
 from offload.sessions.catalog import Catalog
-from offload.sessions.root import check_session_row
+from offload.sessions.schema import check_session_row
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,9 +106,17 @@ def parse_layout(text: object) -> ChunkLayout | None:
     try:
         *numbers, dtype = json.loads(str(text))
         heads, tokens, key_dim, value_dim = map(int, numbers)
-        return ChunkLayout(heads, tokens, key_dim, value_dim, getattr(torch, dtype))
-    except (ValueError, TypeError, AttributeError):
+        return ChunkLayout(heads, tokens, key_dim, value_dim, named_dtype(dtype))
+    except (ValueError, TypeError, AttributeError, OverflowError):
         return None
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name such as ``bfloat16``; ValueError if there is none."""
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype")
+    return found
 
 
 def _digest(fields: dict[str, str]) -> bytes:

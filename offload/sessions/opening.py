@@ -8,12 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from offload.errors import CorruptChunk, SessionNotFound
+from offload.errors import CorruptCatalog, CorruptChunk, SessionNotFound
 from offload.sessions import blocks
 from offload.sessions.keys import chain_keys
-from offload.sessions.leases import add_lease, drop_lease
+from offload.sessions.leases import add_lease
 from offload.sessions.namespace import parse_layout
-from offload.sessions.root import Root, check_session_row
+from offload.sessions.root import Root
+from offload.sessions.schema import check_session_row
 from offload.sessions.session_file import BlockRef, SessionFile, read_session_file
 from offload.types import ChunkLayout
 
@@ -43,9 +44,9 @@ class Held:
         return self.root.paths.segment(ref.segment), layer_number * num_positions + ref.position
 
     def release(self) -> None:
-        """Let go of the chunks. Idempotent."""
-        with self.root.catalog.transaction() as db:
-            drop_lease(db, self.lease)
+        """Let go of the chunks. Idempotent; closing the store does the same."""
+        if self.root.is_open:
+            self.root.drop_lease(self.lease)
 
 
 def open_session(root: Root, name: str) -> tuple[SessionFile, Held]:
@@ -59,29 +60,64 @@ def open_session(root: Root, name: str) -> tuple[SessionFile, Held]:
         Its file is damaged, or one of its chunks is known to be.
     CorruptCatalog
     """
+    while True:
+        identity, lease, segments = _hold_session(root, name)
+        held: Held | None = None
+        try:
+            file = read_session_file(root.paths.session(identity))
+            if file.identity != identity:
+                raise CorruptChunk(f"the file of session {identity} is that of {file.identity}")
+            if set(file.segments) != segments:
+                raise CorruptCatalog(
+                    f"session {name!r} lies in {sorted(file.segments)}, the catalog has "
+                    f"{sorted(segments)}; `offload fsck --rebuild` makes a new one from the files"
+                )
+            shapes = dict(file.segments)
+            held = Held(root, lease, file.rows, shapes, file.namespace.fingerprint)
+        except CorruptChunk:
+            if root.find(name) == identity:
+                raise
+            # Its file went because the session was deleted or replaced meanwhile.
+        finally:
+            if held is None:
+                root.drop_lease(lease)
+        if held is not None:
+            return file, held
+
+
+def describe_session(root: Root, name: str) -> SessionFile:
+    """Return what a session's file says, and hold nothing.
+
+    Raises
+    ------
+    SessionNotFound
+    CorruptChunk
+        The file is damaged.
+    """
+    while True:
+        identity = root.identify(name)
+        try:
+            return read_session_file(root.paths.session(identity))
+        except CorruptChunk:
+            if root.find(name) == identity:
+                raise
+            # It went because the session was deleted or replaced meanwhile.
+
+
+def _hold_session(root: Root, name: str) -> tuple[str, str, set[str]]:
+    """Return the identity of a session, a lease on its segments, and their names."""
     with root.catalog.transaction() as db:
         row = _find(db, root, name)
         identity = str(row[0])
         _refuse_damaged(db, identity, name)
         segments = db.execute(
-            "SELECT DISTINCT b.segment FROM session_blocks m JOIN blocks b ON b.id = m.block "
-            "WHERE m.session = ?",
+            "SELECT DISTINCT g.id, g.name FROM session_blocks m JOIN blocks b ON b.id = m.block "
+            "JOIN segments g ON g.id = b.segment WHERE m.session = ?",
             (identity,),
         ).fetchall()
-        lease = add_lease(db, root.owner, identity, [number for (number,) in segments])
+        lease = add_lease(db, root.owner, identity, [number for number, _ in segments])
         db.execute("UPDATE sessions SET used_at = ? WHERE id = ?", (time.time(), identity))
-    held: Held | None = None
-    try:
-        file = read_session_file(root.paths.session(identity))
-        if file.identity != identity:
-            raise CorruptChunk(f"the file of session {identity} is that of {file.identity}")
-        shapes = dict(file.segments)
-        held = Held(root, lease, file.rows, shapes, file.namespace.fingerprint)
-        return file, held
-    finally:
-        if held is None:
-            with root.catalog.transaction() as db:
-                drop_lease(db, lease)
+    return identity, lease, {str(segment) for _, segment in segments}
 
 
 def find_prefix(
@@ -169,7 +205,7 @@ def _find(db: sqlite3.Connection, root: Root, name: str) -> tuple[object, ...]:
     if row is None:
         [count] = db.execute("SELECT count(*) FROM sessions").fetchone()
         raise SessionNotFound(f"{root.paths.root} has no session {name!r} among its {count}")
-    check_session_row(row)
+    check_session_row(row, name)
     expires_at = row[8]
     if isinstance(expires_at, float) and expires_at < time.time():
         raise SessionNotFound(f"session {name!r} expired {time.time() - expires_at:.0f} s ago")

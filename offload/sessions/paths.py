@@ -8,11 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload.errors import ConfigError, StorageError
+from offload.errors import ConfigError, CorruptCatalog
 from offload.tiers.syscalls import as_storage_error
 
 _IDENTITY = re.compile(r"[0-9a-f]{32}")
+_DATA_FILE = re.compile(r"[0-9a-f]{32}\.(kvseg|kvsession)(\.tmp)?")
+_OWNER_LOCK = re.compile(r"[0-9a-f]{32}\.lock")
+_SHARD = re.compile(r"[0-9a-f]{2}")
+_FOLDERS = ("segments", "sessions", "owners", "quarantine")
 _TMP = ".tmp"
+_ADMINISTRATOR = 0
 
 
 def new_id() -> str:
@@ -38,6 +43,11 @@ class RootPaths:
     def catalog(self) -> Path:
         """The SQLite database."""
         return self.root / "catalog.sqlite3"
+
+    @property
+    def new_catalog(self) -> Path:
+        """A database in the making, which a rebuild puts in the place of the other."""
+        return self.root / "catalog.sqlite3.new"
 
     @property
     def quarantine(self) -> Path:
@@ -67,24 +77,46 @@ class RootPaths:
         Raises
         ------
         ConfigError
-            The root is no folder of this user, or cannot be made.
+            The root, or a folder in it, is no folder of this user, or cannot be made.
         """
         try:
-            for name in ("segments", "sessions", "owners", "quarantine"):
-                (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = self.root.stat()
+            _make_private(self.root)
+            link, found = self.root.lstat(), self.root.stat()
             if found.st_uid != os.getuid():
                 raise ConfigError(f"{self.root} belongs to user {found.st_uid}, not {os.getuid()}")
+            if link.st_uid not in (os.getuid(), _ADMINISTRATOR):
+                raise ConfigError(f"{self.root} is a link made by user {link.st_uid}")
             if stat.S_IMODE(found.st_mode) & 0o077:
                 self.root.chmod(0o700)
+            for folder in map(self.root.joinpath, _FOLDERS):
+                _make_private(folder)
+                found = folder.lstat()
+                if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+                    raise ConfigError(f"{folder} is no folder of user {os.getuid()}")
         except OSError as error:
             raise ConfigError(f"cannot use {self.root}: {error.strerror or error}") from error
 
     def data_files(self) -> Iterator[Path]:
-        """Yield every file of a segment or session, the unfinished ones included."""
+        """Yield every file of a segment or session, the unfinished ones included.
+
+        What is not named like one of ours is none of our business.
+        """
         for folder in ("segments", "sessions"):
-            for shard in sorted((self.root / folder).iterdir()):
-                yield from sorted(shard.iterdir())
+            for shard in _entries(self.root / folder, _SHARD):
+                if shard.is_dir() and not shard.is_symlink():
+                    yield from _entries(shard, _DATA_FILE)
+
+    def owner_locks(self) -> list[Path]:
+        """Return the files of all owners, the dead ones included."""
+        return _entries(self.root / "owners", _OWNER_LOCK)
+
+
+def make_shard(path: Path) -> None:
+    """Make the folder of a file."""
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise as_storage_error(error, f"cannot make {path.parent}") from error
 
 
 def temporary(path: Path) -> Path:
@@ -110,7 +142,9 @@ def publish(path: Path, *, durable: bool) -> None:
     try:
         os.replace(temporary(path), path)
         if durable:
+            # The folder is one of 256, and may have been made for this file.
             _sync_folder(path.parent)
+            _sync_folder(path.parent.parent)
     except OSError as error:
         raise as_storage_error(error, f"cannot publish {path}") from error
 
@@ -132,10 +166,24 @@ def allocated_bytes(path: Path) -> int:
         return 0
 
 
-def _checked(name: str) -> str:
-    if not _IDENTITY.fullmatch(name):
-        raise StorageError(f"{name!r} names no file of a session store; the catalog is damaged")
+def _checked(name: object) -> str:
+    if not isinstance(name, str) or not _IDENTITY.fullmatch(name):
+        raise CorruptCatalog(f"{name!r} names no file of a session store")
     return name
+
+
+def _entries(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+    except OSError as error:
+        raise as_storage_error(error, f"cannot list {folder}") from error
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder, and all that it lies in, for the owner only, whatever the umask."""
+    if not folder.exists():
+        _make_private(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -6,12 +6,16 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from offload.sessions import blocks
 from offload.sessions.catalog import Catalog
 from offload.sessions.checking import BadRecord
-from offload.sessions.paths import RootPaths
+from offload.sessions.ledger import Ledger
+from offload.sessions.paths import RootPaths, allocated_bytes
+from offload.sessions.schema import integer
+from offload.tiers.syscalls import as_storage_error
 
 _LOG = logging.getLogger(__name__)
+_MAX_BYTES = 64 << 20
+"""What is in quarantine counts in the quota, and nothing evicts it."""
 _RECORD = re.compile(r"([0-9a-f]{32})-(\d+)\.kvrecord")
 
 
@@ -19,31 +23,45 @@ def quarantine_records(catalog: Catalog, paths: RootPaths, bad: Iterable[BadReco
     """Copy damaged records aside, and make the catalog refuse them.
 
     No key finds such a block any more, so a prefix ends before it; sessions that contain it cannot
-    be opened. The copy is for whoever wants to know what happened; it is no part of the quota.
+    be opened. The copy is for whoever wants to know what happened, while the quota has room for it.
     """
+    ledger = Ledger(catalog, paths, owner="")
     for record in bad:
-        _LOG.warning("quarantined: %s", record.reason)
         segment = record.path.stem
         with catalog.transaction() as db:
-            number, _, num_positions = blocks.segment_shape(db, segment)
-            [size] = db.execute(
-                "SELECT record_bytes FROM segments WHERE id = ?", (number,)
+            row = db.execute(
+                "SELECT id, num_positions, record_bytes FROM segments WHERE name = ?", (segment,)
             ).fetchone()
+            if row is None:
+                continue  # deleted meanwhile
+            number, num_positions, size = map(integer, row)
             db.execute(
                 "UPDATE blocks SET is_bad = 1, key = NULL WHERE segment = ? AND position = ?",
                 (number, record.index % num_positions),
             )
-        _copy(record, int(size), paths.quarantine / f"{segment}-{record.index}.kvrecord")
+        _LOG.warning("quarantined: %s", record.reason)
+        has_room = size <= _room(paths.quarantine) and ledger.has_room_aside(size)
+        name = f"{segment}-{record.index}.kvrecord"
+        _copy(record, size if has_room else 0, paths.quarantine / name)
 
 
 def quarantine_file(paths: RootPaths, path: Path) -> None:
-    """Move a damaged file aside, if it is still there."""
+    """Move a damaged file aside, if it is still there, or remove it if there is no room.
+
+    Raises
+    ------
+    StorageError
+        It is still there.
+    """
     try:
-        os.replace(path, paths.quarantine / path.name)
+        if allocated_bytes(path) > _room(paths.quarantine):
+            path.unlink(missing_ok=True)
+        else:
+            os.replace(path, paths.quarantine / path.name)
     except FileNotFoundError:
         return
     except OSError as error:
-        _LOG.warning("cannot move %s to quarantine: %s", path, error)
+        raise as_storage_error(error, f"cannot move {path} to quarantine") from error
 
 
 def quarantined_records(paths: RootPaths) -> Iterator[tuple[str, int]]:
@@ -64,3 +82,7 @@ def _copy(record: BadRecord, num_bytes: int, target: Path) -> None:
     except OSError as error:
         # The catalog refuses the record already; the copy is a convenience.
         _LOG.warning("no copy of %s record %d: %s", record.path, record.index, error)
+
+
+def _room(folder: Path) -> int:
+    return _MAX_BYTES - sum(map(allocated_bytes, folder.iterdir()))

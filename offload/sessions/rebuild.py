@@ -1,16 +1,24 @@
 """Make a new catalog from the files alone."""
 
-import contextlib
 import os
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from offload.errors import OffloadError, StorageError
 from offload.sessions import blocks
-from offload.sessions.catalog import Catalog, get_meta, set_meta
+from offload.sessions.catalog import (
+    Catalog,
+    catalog_files,
+    get_meta,
+    remove_catalog,
+    set_meta,
+)
 from offload.sessions.garbage import collect, write_used_bytes
 from offload.sessions.namespace import layout_text
 from offload.sessions.owners import is_alive
@@ -18,8 +26,15 @@ from offload.sessions.paths import RootPaths, allocated_bytes, is_temporary, rem
 from offload.sessions.quarantine import quarantine_file, quarantined_records
 from offload.sessions.root import lock_root
 from offload.sessions.saving import add_session
-from offload.sessions.session_file import BlockRef, SessionFile, read_session_file
+from offload.sessions.session_file import (
+    TOKENS,
+    BlockRef,
+    SessionFile,
+    read_session_file,
+    renamed,
+)
 from offload.tiers.record import RecordFormat
+from offload.tiers.syscalls import as_storage_error
 from offload.types import round_up
 
 _SETTINGS = ("quota_bytes", "min_free_bytes")
@@ -53,7 +68,8 @@ def rebuild(
     """Replace the catalog of a root by one made from its session files.
 
     The old catalog goes to quarantine; its quota is kept if it can still be read. Records are not
-    read: ``fsck`` does that.
+    read: ``fsck`` does that. A rebuild that is killed can be begun again, and is by whoever opens
+    the root next if the old catalog was no good.
 
     Parameters
     ----------
@@ -66,38 +82,46 @@ def rebuild(
     ------
     SessionInUse
         Somebody has the root open.
+    ConfigError
+        The folder cannot be used, or a newer version of this package has used it.
+    DiskFull, StorageError
+        The old catalog is still in place.
     """
     started, report = time.perf_counter(), RebuildReport()
     paths = RootPaths(Path(path).expanduser().absolute())
     paths.make()
     lock_fd = lock_root(paths, exclusive=True)
     try:
-        settings = _old_settings(paths)
-        _set_catalog_aside(paths)
-        catalog = Catalog(paths.catalog, "relaxed")
-        try:
-            _fill(catalog, paths, _read_sessions(paths, report, progress), report)
+        files = _read_sessions(paths, report, progress)
+        settings = _settings(paths.catalog) or _settings(paths.new_catalog)
+        remove_catalog(paths.new_catalog)
+        with closing(Catalog(paths.new_catalog, "relaxed")) as catalog:
             with catalog.transaction() as db:
                 for key, value in settings.items():
                     set_meta(db, key, value)
+                _fill(db, paths, files, report)
             _remove_unneeded(catalog, paths, report)
             collect(catalog, paths)
-        finally:
-            catalog.close()
+        # Without a catalog the root counts as damaged, until the new one has its name.
+        for old in catalog_files(paths.catalog):
+            quarantine_file(paths, old)
+        os.replace(paths.new_catalog, paths.catalog)
+    except OffloadError:
+        raise
+    except OSError as error:
+        raise as_storage_error(error, f"cannot rebuild {paths.catalog}") from error
     finally:
         os.close(lock_fd)
     report.seconds = time.perf_counter() - started
     return report
 
 
-def _old_settings(paths: RootPaths) -> dict[str, str]:
+def _settings(catalog: Path) -> dict[str, str]:
+    """Return what can be read of the settings in a catalog."""
     settings: dict[str, str] = {}
-    if not paths.catalog.exists():
+    if not catalog.exists():
         return settings
-    with (
-        contextlib.suppress(sqlite3.Error, OffloadError),
-        contextlib.closing(sqlite3.connect(paths.catalog)) as db,
-    ):
+    with suppress(sqlite3.Error, OffloadError), closing(sqlite3.connect(catalog)) as db:
         for key in _SETTINGS:
             value = get_meta(db, key)
             if value is not None:
@@ -105,15 +129,10 @@ def _old_settings(paths: RootPaths) -> dict[str, str]:
     return settings
 
 
-def _set_catalog_aside(paths: RootPaths) -> None:
-    for end in ("", "-wal", "-shm"):
-        quarantine_file(paths, paths.catalog.with_name(paths.catalog.name + end))
-
-
 def _read_sessions(
     paths: RootPaths, report: RebuildReport, progress: Callable[[int, int], object]
 ) -> list[SessionFile]:
-    """Return the newest good file of every name, oldest first."""
+    """Return the newest good file of every name, oldest first, without most tensors."""
     found = [path for path in paths.data_files() if path.suffix == ".kvsession"]
     newest: dict[str, SessionFile] = {}
     for number, path in enumerate(found, 1):
@@ -124,12 +143,14 @@ def _read_sessions(
             _check_segments(paths, file)
         except StorageError as error:
             report.set_aside[path] = str(error)
-            quarantine_file(paths, path)
         else:
             other = newest.get(file.name)
             if other is None or other.created_at < file.created_at:
-                newest[file.name] = file
+                tokens = {TOKENS: torch.empty(0)} if file.token_ids is not None else {}
+                newest[file.name] = renamed(file, tensors=tokens)
         progress(number, len(found))
+    for path in report.set_aside:
+        quarantine_file(paths, path)
     return sorted(newest.values(), key=lambda file: file.created_at)
 
 
@@ -145,27 +166,43 @@ def _check_segments(paths: RootPaths, file: SessionFile) -> None:
 
 
 def _fill(
-    catalog: Catalog, paths: RootPaths, files: list[SessionFile], report: RebuildReport
+    db: sqlite3.Connection, paths: RootPaths, files: list[SessionFile], report: RebuildReport
 ) -> None:
     bad = set(quarantined_records(paths))
-    with catalog.transaction() as db:
-        segments: dict[str, int] = {}
-        known: dict[BlockRef, int] = {}
-        for file in files:
-            namespace = file.namespace
-            db.execute(
-                "INSERT OR IGNORE INTO namespaces VALUES (?, ?, ?)",
-                (namespace.digest, namespace.model_digest, layout_text(file.layout)),
-            )
-            _add_segments(db, paths, file, segments)
-            for ref in dict.fromkeys(ref for row in file.rows for ref in row):
-                if ref not in known:
-                    known[ref] = _add_block(db, file, ref, segments[ref.segment], bad)
-            ids = [known[ref] for row in file.rows for ref in row]
-            path = paths.session(file.identity)
-            add_session(db, file, ids, round_up(path.stat().st_size))
-            report.num_sessions += 1
-            report.num_chunks += file.num_chunks
+    keyed = {ref for file in files if file.token_ids is not None for ref in _refs(file)}
+    segments: dict[str, int] = {}
+    known: dict[BlockRef, int] = {}
+    for file in files:
+        namespace = file.namespace
+        db.execute(
+            "INSERT OR IGNORE INTO namespaces VALUES (?, ?, ?)",
+            (namespace.digest, namespace.model_digest, layout_text(file.layout)),
+        )
+        _add_segments(db, paths, file, segments)
+        for ref in _refs(file):
+            if ref not in known:
+                key = ref.key if ref in keyed else None
+                known[ref] = _add_block(db, file, ref, segments[ref.segment], key, bad)
+        ids = [known[ref] for row in file.rows for ref in row]
+        add_session(db, file, ids, round_up(paths.session(file.identity).stat().st_size))
+        report.num_sessions += 1
+        report.num_chunks += file.num_chunks
+    for segment in segments.values():
+        _add_garbage(db, segment)
+
+
+def _add_garbage(db: sqlite3.Connection, segment: int) -> None:
+    """Have what only sessions that are gone needed punched, if it is not yet."""
+    [count] = db.execute("SELECT num_positions FROM segments WHERE id = ?", (segment,)).fetchone()
+    db.executemany(
+        "INSERT INTO garbage_blocks SELECT ?1, ?2 WHERE NOT EXISTS "
+        "(SELECT 1 FROM blocks WHERE segment = ?1 AND position = ?2)",
+        [(segment, position) for position in range(count)],
+    )
+
+
+def _refs(file: SessionFile) -> dict[BlockRef, None]:
+    return dict.fromkeys(ref for row in file.rows for ref in row)
 
 
 def _add_segments(
@@ -184,13 +221,13 @@ def _add_block(
     file: SessionFile,
     ref: BlockRef,
     segment: int,
+    key: bytes | None,
     bad: set[tuple[str, int]],
 ) -> int:
     num_positions = file.segments[ref.segment][1]
     indexes = range(ref.position, num_positions * len(file.layers), num_positions)
     is_bad = any((ref.segment, index) in bad for index in indexes)
-    key = ref.key if file.token_ids is not None and not is_bad else None
-    block = blocks.add_block(db, segment, ref.position, key)
+    block = blocks.add_block(db, segment, ref.position, None if is_bad else key)
     if is_bad:
         db.execute("UPDATE blocks SET is_bad = 1 WHERE id = ?", (block,))
     return block
@@ -203,6 +240,6 @@ def _remove_unneeded(catalog: Catalog, paths: RootPaths, report: RebuildReport) 
         if path not in kept or is_temporary(path):
             remove(path)
             report.num_removed += 1
-    for lock in (paths.root / "owners").iterdir():
+    for lock in paths.owner_locks():
         if not is_alive(lock):
             remove(lock)

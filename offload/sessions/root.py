@@ -6,14 +6,14 @@ import os
 import sqlite3
 from pathlib import Path
 
-from offload.errors import ConfigError, CorruptCatalog, SessionInUse
-from offload.sessions.catalog import Catalog
-from offload.sessions.garbage import collect
-from offload.sessions.leases import bury_dead_owners
+from offload.errors import ConfigError, SessionInUse, SessionNotFound, StorageError
+from offload.sessions.catalog import Catalog, remove_catalog
+from offload.sessions.garbage import collect, try_collect
+from offload.sessions.leases import bury_dead_owners, drop_lease, remove_stale_locks
 from offload.sessions.ledger import Ledger
 from offload.sessions.owners import OwnerLock
 from offload.sessions.paths import RootPaths, new_id
-from offload.sessions.schema import check_row
+from offload.sessions.schema import check_session_row
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,9 +37,9 @@ class Root:
     Raises
     ------
     ConfigError
-        The folder cannot be used.
+        The folder cannot be used, or a newer version of this package has used it.
     CorruptCatalog
-        The catalog is damaged where it shows.
+        The catalog is damaged where it shows, or is missing though there are files.
     SessionInUse
         Somebody is making a new catalog just now.
     """
@@ -57,8 +57,10 @@ class Root:
         self.paths.make()
         self._lock_fd = lock_root(self.paths, exclusive=False)
         try:
-            self.catalog = Catalog(self.paths.catalog, durability)
+            is_new = next(self.paths.data_files(), None) is None
+            self.catalog = Catalog(self.paths.catalog, durability, may_create=is_new)
             try:
+                remove_catalog(self.paths.new_catalog)  # of a rebuild that was killed
                 self._register()
             except BaseException:
                 self.catalog.close()
@@ -69,14 +71,17 @@ class Root:
         self.ledger = Ledger(self.catalog, self.paths, self.owner)
 
     def _register(self) -> None:
-        self._owner_lock = OwnerLock(self.paths.owner(self.owner))
+        self._owner_lock: OwnerLock | None = None
         try:
             with self.catalog.transaction() as db:
+                self._owner_lock = OwnerLock(self.paths.owner(self.owner))
                 db.execute("INSERT INTO owners VALUES (?, ?)", (self.owner, os.getpid()))
                 num_dead = bury_dead_owners(db, self.paths, self.owner)
+                remove_stale_locks(db, self.paths)
             collect(self.catalog, self.paths)
         except BaseException:
-            self._owner_lock.close()
+            if self._owner_lock is not None:
+                self._owner_lock.close()
             raise
         if num_dead:
             _LOG.info("%s: cleaned up after %d dead owners", self.paths.root, num_dead)
@@ -86,30 +91,57 @@ class Root:
         rows = self.catalog.rows("SELECT * FROM sessions WHERE name = ?", name)
         if not rows:
             return None
-        check_session_row(rows[0])
+        check_session_row(rows[0], name)
         return str(rows[0][0])
 
+    def identify(self, name: str) -> str:
+        """Return the identity of the session with a name.
+
+        Raises
+        ------
+        SessionNotFound
+        """
+        identity = self.find(name)
+        if identity is None:
+            [[count]] = self.catalog.rows("SELECT count(*) FROM sessions")
+            raise SessionNotFound(f"{self.paths.root} has no session {name!r} among its {count}")
+        return identity
+
+    def drop_lease(self, lease: str) -> None:
+        """Let go of what a lease kept in place, and of its space if nobody else needs it.
+
+        Where the catalog cannot be written, it ends when the root is closed.
+        """
+        try:
+            with self.catalog.transaction() as db:
+                drop_lease(db, lease)
+        except StorageError as error:
+            _LOG.warning("%s: a lease is kept for now: %s", self.paths.root, error)
+        else:
+            try_collect(self.catalog, self.paths)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there are leases to give up; in a forked child they are not ours."""
+        return self._lock_fd >= 0 and os.getpid() == self._pid
+
     def close(self) -> None:
-        """Give up every lease. Idempotent; in a forked child they are not ours to give up."""
-        if self._lock_fd < 0 or os.getpid() != self._pid:
+        """Give up every lease. Idempotent; does nothing in a forked child."""
+        if not self.is_open:
             return
         try:
             with self.catalog.transaction() as db:
                 _resign(db, self.owner)
             collect(self.catalog, self.paths)
+        except StorageError as error:
+            # Whoever opens the root next finds the lock free, and cleans up after us.
+            _LOG.warning("%s: leases are left to the next user: %s", self.paths.root, error)
         finally:
             self.catalog.close()
-            self._owner_lock.close()
+            if self._owner_lock is not None:
+                self._owner_lock.close()
             os.close(self._lock_fd)
             self._lock_fd = -1
-
-
-def check_session_row(row: tuple[object, ...]) -> None:
-    """Raise CorruptCatalog if a row of ``sessions`` is not what was written."""
-    stored = row[-1]
-    if not isinstance(stored, int):
-        raise CorruptCatalog(f"catalog: a session has the checksum {stored!r}")
-    check_row("sessions", row[:-2], stored)
 
 
 def lock_root(paths: RootPaths, *, exclusive: bool) -> int:
@@ -120,14 +152,21 @@ def lock_root(paths: RootPaths, *, exclusive: bool) -> int:
     SessionInUse
         It is locked in a way that does not allow this.
     """
-    fd = os.open(paths.rebuild_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        fd = os.open(paths.rebuild_lock, flags, 0o600)
+    except OSError as error:
+        raise ConfigError(f"cannot use {paths.root}: {error.strerror}") from error
     try:
         kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(fd)
         who = "in use by another cache or process" if exclusive else "being rebuilt"
         raise SessionInUse(f"{paths.root} is {who}") from error
+    except OSError as error:
+        os.close(fd)
+        raise ConfigError(f"cannot lock {paths.rebuild_lock}: {error.strerror}") from error
     return fd
 
 

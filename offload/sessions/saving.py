@@ -9,26 +9,27 @@ from typing import Any
 
 from torch import Tensor
 
-from offload.errors import StorageError
+from offload.errors import DiskFull, StorageError
 from offload.sessions import blocks
-from offload.sessions.garbage import collect, forget_session
-from offload.sessions.keys import KEY_BYTES, chain_keys, random_key, record_id
+from offload.sessions.garbage import forget_session, try_collect
+from offload.sessions.keys import chain_keys, random_key, record_id
 from offload.sessions.leases import add_lease, discard_unpublished, drop_lease
 from offload.sessions.namespace import Namespace, layout_text
 from offload.sessions.opening import Held
-from offload.sessions.paths import new_id, publish, temporary
+from offload.sessions.paths import make_shard, new_id, publish, temporary
 from offload.sessions.root import Root
 from offload.sessions.schema import checksum
 from offload.sessions.segment_writer import SegmentWriter
-from offload.sessions.session_file import BlockRef, SessionFile, write_session_file
+from offload.sessions.session_file import BlockRef, SessionFile, write_packed
 from offload.tiers.record import RecordFormat
 from offload.tiers.transfer import Transfer
-from offload.types import PAGE_BYTES, ChunkInfo, ChunkLayout
+from offload.types import ChunkInfo, ChunkLayout, round_up
 
 Column = tuple[int, ...]
 """The chunks of one position of one row, one per layer, by whatever names the caller has."""
 
-_FILE_SLACK_BYTES = 64 << 10
+_CATALOG_BLOCK_BYTES = 512
+"""A block, its two indexes and its place in a session: about 200 bytes, and again in the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,33 +129,32 @@ def save(
     ------
     DiskFull, StorageError, CorruptChunk, TransferTimeout
     """
-    plan = _plan(root, content)
-    identity = new_id()
-    file = _session_file(identity, name, content, plan, expires_at, is_pinned)
+    identity, plan = new_id(), _Plan({}, new_id())
     fmt = RecordFormat(content.layout, content.namespace.fingerprint)
-    num_bytes = len(plan.new) * len(content.layers) * fmt.record_bytes
-    keep = root.find(name)
     with _undone_on_error(root, plan, identity):
-        needed = num_bytes + _file_bytes(content)
-        root.ledger.reserve(needed, plan.segment, identity, keep)
+        _fill_plan(plan, root, content)
+        file = _session_file(identity, name, content, plan, expires_at, is_pinned)
+        packed = file.pack()
+        num_bytes = len(plan.new) * len(content.layers) * fmt.record_bytes
+        needed = num_bytes + round_up(len(packed)) + _catalog_bytes(content)
+        root.ledger.reserve(needed, plan.segment, identity, root.find(name))
         if plan.new:
             _write_segment(root, plan, content, fmt, progress)
         path = root.paths.session(identity)
-        file_bytes = write_session_file(temporary(path), file, sync=root.syncs)
+        file_bytes = write_packed(temporary(path), packed, sync=root.syncs)
         publish(path, durable=root.is_strict)
         with root.catalog.transaction() as db:
             _publish(db, file, plan, content, fmt.record_bytes, file_bytes)
             drop_lease(db, plan.lease)
             segments = blocks.segment_ids(db, file.segments).values()
             lease = add_lease(db, root.owner, identity, segments)
-    collect(root.catalog, root.paths)
+    try_collect(root.catalog, root.paths)
     held = Held(root, lease, file.rows, plan.shapes, content.namespace.fingerprint)
     return Saved(file, plan.refs, held, num_bytes)
 
 
-def _plan(root: Root, content: Content) -> _Plan:
+def _fill_plan(plan: _Plan, root: Root, content: Content) -> None:
     """Find out what the store has already, and keep that in place."""
-    plan = _Plan({}, new_id())
     has_tokens = content.token_ids is not None
     by_key: dict[bytes, BlockRef] = {}
     with root.catalog.transaction() as db:
@@ -177,7 +177,6 @@ def _plan(root: Root, content: Content) -> _Plan:
         plan.lease = add_lease(db, root.owner, None, segments)
     if plan.new:
         plan.shapes[plan.segment] = (len(content.layers), len(plan.new))
-    return plan
 
 
 def _existing(
@@ -228,12 +227,9 @@ def _session_file(
     )
 
 
-def _file_bytes(content: Content) -> int:
-    """Return the most that a session file can take up."""
-    tensors = sum(t.numel() * t.element_size() for t in content.tensors.values())
-    tokens = 0 if content.token_ids is None else 8 * content.token_ids.numel()
-    table = (KEY_BYTES + 8 + 64) * sum(len(row) for row in content.rows)
-    return PAGE_BYTES + tensors + tokens + table + _FILE_SLACK_BYTES
+def _catalog_bytes(content: Content) -> int:
+    """Return by how much the catalog and its log may grow."""
+    return _CATALOG_BLOCK_BYTES * sum(len(row) for row in content.rows)
 
 
 def _write_segment(
@@ -262,7 +258,7 @@ def _write_segment(
         progress(done, len(infos))
 
     path = root.paths.segment(plan.segment)
-    path.parent.mkdir(mode=0o700, exist_ok=True)
+    make_shard(path)
     with SegmentWriter(path, fmt, infos, deadline_s=root.deadline_s) as writer:
         writer.fill(read, advance)
         if root.syncs:
@@ -303,6 +299,8 @@ def add_session(
     db: sqlite3.Connection, file: SessionFile, block_ids: Sequence[int], file_bytes: int
 ) -> None:
     """Add a session whose blocks are in the catalog; one of the same name is forgotten."""
+    # First of all: what the new one shares with the old one must not become garbage.
+    blocks.link_blocks(db, file.identity, block_ids)
     for (old,) in db.execute("SELECT id FROM sessions WHERE name = ?", (file.name,)).fetchall():
         forget_session(db, old)
     values = (
@@ -321,7 +319,6 @@ def add_session(
         "INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (*values, time.time(), checksum(*values)),
     )
-    blocks.link_blocks(db, file.identity, block_ids)
 
 
 def _kept_block(db: sqlite3.Connection, ref: BlockRef) -> int:
@@ -342,8 +339,16 @@ def _undone_on_error(root: Root, plan: _Plan, identity: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with root.catalog.transaction() as db:
-            db.execute("DELETE FROM reservations WHERE id = ?", (identity,))
-            drop_lease(db, plan.lease)
-            discard_unpublished(db, root.paths, plan.segment, identity)
+        try:
+            _undo(root, plan, identity)
+        except DiskFull:
+            # The catalog had no room to forget either; now that the files are gone, it may.
+            _undo(root, plan, identity)
         raise
+
+
+def _undo(root: Root, plan: _Plan, identity: str) -> None:
+    with root.catalog.transaction() as db:
+        discard_unpublished(db, root.paths, plan.segment, identity)
+        db.execute("DELETE FROM reservations WHERE id = ?", (identity,))
+        drop_lease(db, plan.lease)

@@ -6,6 +6,7 @@ because SQLite has no checksums of its own.
 """
 
 import json
+import sqlite3
 
 import xxhash
 
@@ -89,11 +90,50 @@ def checksum(*values: object) -> int:
     return xxhash.xxh3_64_intdigest(text.encode()) - (1 << 63)
 
 
-def check_row(table: str, values: tuple[object, ...], stored: int) -> None:
+def check_row(table: str, values: tuple[object, ...], stored: object) -> None:
     """Raise CorruptCatalog if a row is not what was written."""
     found = checksum(*values)
     if found != stored:
         raise CorruptCatalog(
-            f"catalog: a row of {table} has checksum {found:x}, stored is {stored:x}; "
+            f"catalog: a row of {table} has checksum {found}, stored is {stored!r}; "
             "`offload fsck --rebuild` makes a new catalog from the files"
         )
+
+
+def check_session_row(row: tuple[object, ...], name: object = None) -> None:
+    """Raise CorruptCatalog if a row of ``sessions`` is not what was written.
+
+    Parameters
+    ----------
+    row : tuple
+    name : str, optional
+        Under which the row was found: an index can be damaged while the row is not.
+    """
+    check_row("sessions", row[:-2], row[-1])
+    if name is not None and row[1] != name:
+        raise CorruptCatalog(
+            f"catalog: session {row[1]!r} was found under the name {name!r}; "
+            "`offload fsck --rebuild` makes a new catalog from the files"
+        )
+
+
+def check_schema(db: sqlite3.Connection) -> None:
+    """Raise CorruptCatalog if the tables are not as they were made."""
+    found = {sql for (sql,) in db.execute("SELECT sql FROM sqlite_master") if sql is not None}
+    if found != set(statements()):
+        raise CorruptCatalog(
+            "catalog: the tables are not those of this version; "
+            "`offload fsck --rebuild` makes a new catalog from the files"
+        )
+
+
+def statements() -> list[str]:
+    """Return the statements that make the tables."""
+    return [text.strip() for text in TABLES.split(";") if text.strip()]
+
+
+def integer(value: object) -> int:
+    """Return a number of the catalog; CorruptCatalog if it is none."""
+    if not isinstance(value, int):
+        raise CorruptCatalog(f"the catalog has {value!r} where a number belongs")
+    return value

@@ -22,6 +22,7 @@ from offload.types import ChunkInfo
 
 _BURST_BYTES = 8 << 20
 _SEGMENT = 0
+_THREADS = 4
 
 ReadChunks = Callable[[Sequence[int], Sequence[Tensor]], Transfer]
 """Begin to fill host buffers with the chunks of these records, by index."""
@@ -39,7 +40,6 @@ class SegmentWriter:
         One per record, in the order of the file.
     deadline_s : float
         Longest wait for one transfer.
-    num_threads : int
 
     Raises
     ------
@@ -54,7 +54,6 @@ class SegmentWriter:
         infos: Sequence[ChunkInfo],
         *,
         deadline_s: float,
-        num_threads: int = 4,
     ) -> None:
         self._infos = infos
         self._fmt = fmt
@@ -65,7 +64,7 @@ class SegmentWriter:
         files.adopt(_SEGMENT, self._path)
         self._allocate()
         self._io = RecordIo(files, fmt)
-        self._engine = IoEngine(num_threads, deadline_s=deadline_s)
+        self._engine = IoEngine(_THREADS, deadline_s=deadline_s)
 
     def fill(self, read: ReadChunks, progress: Callable[[int], object]) -> None:
         """Write every record, reading the next chunks while the last ones are written.

@@ -19,9 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from offload.errors import CorruptChunk
+from offload.errors import ConfigError, CorruptChunk
 from offload.sessions.keys import KEY_BYTES
-from offload.sessions.namespace import Namespace
+from offload.sessions.names import check_name
+from offload.sessions.namespace import Namespace, named_dtype
+from offload.sessions.paths import make_shard
+from offload.tiers.record import RecordFormat
 from offload.tiers.syscalls import as_storage_error
 from offload.types import PAGE_BYTES, ChunkLayout, round_up
 
@@ -33,6 +36,14 @@ MAX_BYTES = 4 << 30
 _FIELDS = struct.Struct("<8sHxxIQQQ")  # magic, version, json bytes, tensor bytes, two checksums
 _DIGEST = struct.Struct("<Q")
 _BLOCK_DTYPE = np.dtype([("segment", "<u4"), ("position", "<u4"), ("key", f"V{KEY_BYTES}")])
+_PARSE_ERRORS = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 _BLOCKS, TOKENS = "blocks", "token_ids"
 
 
@@ -158,6 +169,8 @@ def unpack(content: bytes, what: str) -> SessionFile:
     ------
     CorruptChunk
         They are not what was written.
+    ConfigError
+        A newer version of this package has written them.
     """
     sizes = _check_header(content[:PAGE_BYTES], what)
     if len(content) != PAGE_BYTES + sum(sizes[:2]):
@@ -172,7 +185,7 @@ def unpack(content: bytes, what: str) -> SessionFile:
             raise CorruptChunk(f"{what}: checksum of the {name} is {found:x}, stored {digest:x}")
     try:
         return _from_parts(json.loads(text), load(body))
-    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+    except (*_PARSE_ERRORS, SafetensorError) as error:
         raise CorruptChunk(f"{what}: not a session: {error!r}") from error
 
 
@@ -194,17 +207,21 @@ def read_session_file(path: Path) -> SessionFile:
 
 
 def write_session_file(path: Path, session: SessionFile, *, sync: bool) -> int:
-    """Write a new session file, for the owner only; return the bytes it takes up.
+    """Write a new session file; see ``write_packed``."""
+    return write_packed(path, session.pack(), sync=sync)
+
+
+def write_packed(path: Path, content: bytes, *, sync: bool) -> int:
+    """Write what ``pack`` returned, for the owner only; return the bytes it takes up.
 
     Raises
     ------
     DiskFull, StorageError
         The file may be there in part.
     """
-    content = session.pack()
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    make_shard(path)
     try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
         with open(os.open(path, flags, 0o600), "wb") as file:
             file.write(content)
             file.flush()
@@ -228,6 +245,11 @@ def _check_header(page: bytes, what: str) -> tuple[int, int, int, int]:
     if found != stored:
         raise CorruptChunk(f"{what}: header checksum is {found:x}, stored {stored:x}")
     magic, version, json_bytes, tensor_bytes, *digests = _FIELDS.unpack_from(page)
+    if magic == MAGIC and version > VERSION:
+        raise ConfigError(
+            f"{what} was written by a newer version of this package: version {version}, "
+            f"this code reads {VERSION}"
+        )
     if (magic, version) != (MAGIC, VERSION):
         raise CorruptChunk(f"{what}: {magic!r} version {version}; this code reads {VERSION}")
     return json_bytes, tensor_bytes, digests[0], digests[1]
@@ -237,7 +259,8 @@ def _from_parts(text: dict[str, Any], tensors: dict[str, Tensor]) -> SessionFile
     raw = tensors.pop(_BLOCKS).numpy().tobytes()
     num_rows = int(text["num_rows"])
     heads, size, key_dim, value_dim = map(int, text["layout"])
-    layout = ChunkLayout(heads, size, key_dim, value_dim, getattr(torch, text["dtype"]))
+    layout = ChunkLayout(heads, size, key_dim, value_dim, named_dtype(text["dtype"]))
+    RecordFormat(layout)  # refuses what no record can hold
     num_blocks = int(text["num_tokens"]) // layout.chunk_tokens if num_rows else 0
     table = np.frombuffer(raw, _BLOCK_DTYPE, count=len(raw) // _BLOCK_DTYPE.itemsize)
     names = [name for name, *_ in text["segments"]]
@@ -247,7 +270,7 @@ def _from_parts(text: dict[str, Any], tensors: dict[str, Tensor]) -> SessionFile
         raise ValueError(f"{len(refs)} blocks in {num_rows} rows of {text['num_tokens']} tokens")
     return SessionFile(
         identity=text["identity"],
-        name=text["name"],
+        name=check_name(text["name"]),
         namespace=Namespace(text["namespace"]),
         layout=layout,
         layers=tuple(map(int, text["layers"])),

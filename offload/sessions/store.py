@@ -6,31 +6,28 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from torch import Tensor
 
 from offload.config import parse_size
-from offload.errors import ConfigError, CorruptCatalog, SessionInUse, SessionNotFound
+from offload.errors import CorruptCatalog, SessionInUse, SessionNotFound
 from offload.sessions import fsck, opening, saving
+from offload.sessions.archive_export import ExportReport, export_session
+from offload.sessions.archive_import import ImportReport, import_session
+from offload.sessions.changing import change_session
 from offload.sessions.checking import BadRecord, Expected, RecordChecker, expected_records
-from offload.sessions.garbage import collect, forget_session
+from offload.sessions.garbage import forget_session, try_collect
 from offload.sessions.ledger import Usage
 from offload.sessions.listing import SessionInfo, list_sessions
 from offload.sessions.names import check_name, expiry
 from offload.sessions.opening import Held
-from offload.sessions.paths import new_id, publish, temporary
 from offload.sessions.quarantine import quarantine_records
 from offload.sessions.rebuild import rebuild
 from offload.sessions.root import Root
 from offload.sessions.saving import Content, Saved
-from offload.sessions.schema import checksum
-from offload.sessions.session_file import (
-    SessionFile,
-    read_session_file,
-    renamed,
-    write_session_file,
-)
+from offload.sessions.schema import check_session_row
+from offload.sessions.session_file import SessionFile
 from offload.tiers.io_engine import IoEngine
 from offload.tiers.record import RecordFormat
 from offload.tiers.scratch import default_parent
@@ -126,14 +123,15 @@ class SessionStore:
         ------
         SessionNotFound
         """
+        identity = self._root.identify(name)
         found = list_sessions(self._root.catalog, name)
         if not found:
-            raise self._not_found(name)
+            raise SessionNotFound(f"session {name!r} ({identity}) has expired, or was deleted")
         return found[0]
 
     def describe(self, name: str) -> SessionFile:
         """Return what the file of a session says: its namespace, tokens, tails."""
-        return read_session_file(self._root.paths.session(self._identity(name)))
+        return opening.describe_session(self._root, name)
 
     def usage(self) -> Usage:
         """Return how much space there is, and who has it."""
@@ -141,11 +139,11 @@ class SessionStore:
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Never evict a session to make room, or allow it again."""
-        self._change(name, {"is_pinned": pinned})
+        change_session(self._root, name, {"is_pinned": pinned})
 
     def set_ttl(self, name: str, ttl_s: float | None) -> None:
         """Let a session expire so many seconds from now; None: never."""
-        self._change(name, {"expires_at": expiry(ttl_s)})
+        change_session(self._root, name, {"expires_at": expiry(ttl_s)})
 
     def rename(self, name: str, new_name: str) -> None:
         """Give a session another name.
@@ -155,9 +153,7 @@ class SessionStore:
         ConfigError
             The name is taken, or impossible.
         """
-        if self._root.find(check_name(new_name)) is not None:
-            raise ConfigError(f"there is a session {new_name!r} already")
-        self._change(name, {"name": new_name})
+        change_session(self._root, name, {"name": check_name(new_name)})
 
     def delete(self, name: str, *, force: bool = False) -> None:
         """Delete a session. Chunks that others need stay.
@@ -174,7 +170,7 @@ class SessionStore:
         SessionInUse
         """
         with self._root.catalog.transaction() as db:
-            identity = self._identity(name)
+            identity = self._root.identify(name)
             query = "SELECT count(*) FROM leases WHERE session = ? AND segment IS NULL"
             [num_open] = db.execute(query, (identity,)).fetchone()
             if num_open and not force:
@@ -182,7 +178,7 @@ class SessionStore:
                     f"session {name!r} is open in {num_open} caches; force deletes it all the same"
                 )
             forget_session(db, identity)
-        collect(self._root.catalog, self._root.paths)
+        try_collect(self._root.catalog, self._root.paths)
 
     def verify(self, name: str, progress: Progress = _silent) -> fsck.FsckReport:
         """Read a whole session and compare it with its checksums; quarantine what is bad.
@@ -223,6 +219,29 @@ class SessionStore:
             progress=progress,
         )
 
+    def export(
+        self,
+        name: str,
+        path: str | Path,
+        progress: Progress = _silent,
+        *,
+        overwrite: bool = False,
+    ) -> ExportReport:
+        """Write a session to a file, ``NAME.kv.tar.zst``; see ``export_session``."""
+        return export_session(self._root, name, Path(path), progress, overwrite=overwrite)
+
+    def import_(
+        self,
+        path: str | Path,
+        name: str | None = None,
+        progress: Progress = _silent,
+        *,
+        overwrite: bool = False,
+    ) -> ImportReport:
+        """Save the session that ``export`` wrote to a file; see ``import_session``."""
+        self._remove_expired()  # their names are free
+        return import_session(self._root, Path(path), name, progress, overwrite=overwrite)
+
     def open(self, name: str) -> tuple[SessionFile, Held]:
         """Open a session and hold its chunks in place; see ``OffloadedCache.load``."""
         try:
@@ -249,12 +268,16 @@ class SessionStore:
             found = opening.find_prefix(root, model_digest, chunk_tokens, token_ids, namespace_of)
             if found is None:
                 return None
-            layout, held = found
-            bad = self._check(layout, held, layers)
-            if not bad:
+            is_good = False
+            try:
+                bad = self._check(*found, layers)
+                self.quarantine(bad)
+                is_good = not bad
+            finally:
+                if not is_good:
+                    found[1].release()
+            if is_good:
                 return found
-            held.release()
-            self.quarantine(bad)
         return None
 
     def quarantine(self, bad: Iterable[BadRecord]) -> None:
@@ -307,50 +330,15 @@ class SessionStore:
                 bad += checker.check(sorted(records.items()), lambda count: None)
         return bad
 
-    def _identity(self, name: str) -> str:
-        identity = self._root.find(name)
-        if identity is None:
-            raise self._not_found(name)
-        return identity
-
-    def _not_found(self, name: str) -> SessionNotFound:
-        [[count]] = self._root.catalog.rows("SELECT count(*) FROM sessions")
-        return SessionNotFound(f"{self.path} has no session {name!r} among its {count}")
-
-    def _change(self, name: str, changes: dict[str, Any]) -> None:
-        """Change name, expiry or pin, in the session's file and in the catalog."""
-        root, identity = self._root, self._identity(name)
-        file = renamed(read_session_file(root.paths.session(identity)), **changes)
-        size, reservation = len(file.pack()), new_id()
-        root.ledger.reserve(size, new_id(), reservation, identity)
-        path = root.paths.session(identity)
-        try:
-            write_session_file(temporary(path), file, sync=root.syncs)
-            with root.catalog.transaction() as db:
-                row = db.execute("SELECT * FROM sessions WHERE id = ?", (identity,)).fetchone()
-                if row is None:
-                    raise self._not_found(name)
-                publish(path, durable=root.is_strict)
-                values = (*row[:1], file.name, *row[2:8], file.expires_at, int(file.is_pinned))
-                db.execute(
-                    "REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (*values, row[10], checksum(*values)),
-                )
-        except BaseException:
-            temporary(path).unlink(missing_ok=True)
-            raise
-        finally:
-            with root.catalog.transaction() as db:
-                db.execute("DELETE FROM reservations WHERE id = ?", (reservation,))
-
     def _remove_expired(self) -> None:
         with self._root.catalog.transaction() as db:
             expired = db.execute(
-                "SELECT id FROM sessions s WHERE expires_at < ? AND NOT EXISTS "
+                "SELECT * FROM sessions s WHERE expires_at < ? AND NOT EXISTS "
                 "(SELECT 1 FROM leases WHERE session = s.id)",
                 (time.time(),),
             ).fetchall()
-            for (identity,) in expired:
-                forget_session(db, identity)
+            for row in expired:
+                check_session_row(row)  # a flipped bit must not end a session
+                forget_session(db, row[0])
         if expired:
-            collect(self._root.catalog, self._root.paths)
+            try_collect(self._root.catalog, self._root.paths)

@@ -37,6 +37,8 @@ HUGGING_FACE = {
     "cli_demo",
     "cli_doctor",
     "cli_generate",
+    "cli_resume",
+    "cli_text",
     "demo",
     "demo_report",
     "generate",

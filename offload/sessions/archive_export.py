@@ -1,0 +1,202 @@
+"""Export a session: everything it needs, in one file that stands alone."""
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import zstandard
+from torch import Tensor
+
+from offload.errors import ConfigError, DiskFull, OffloadError
+from offload.sessions.archive_check import check_description
+from offload.sessions.archive_format import (
+    END,
+    MANIFEST,
+    SESSION,
+    TAR_BLOCK_BYTES,
+    Manifest,
+    member_header,
+    record_names,
+)
+from offload.sessions.archive_source import RecordSource
+from offload.sessions.opening import open_session
+from offload.sessions.root import Root
+from offload.tiers.codec import LEVEL, gains, shuffle
+from offload.tiers.record import RecordFormat, digest_heads, pack_header
+from offload.tiers.syscalls import as_storage_error
+from offload.types import ChunkInfo
+
+_BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """An archive that was written.
+
+    Attributes
+    ----------
+    path : Path
+    num_chunks : int
+    num_shuffled : int
+        Chunks whose byte planes compress better than they do.
+    content_bytes, archive_bytes : int
+        Before and after compression.
+    seconds : float
+    """
+
+    path: Path
+    num_chunks: int
+    num_shuffled: int
+    content_bytes: int
+    archive_bytes: int
+    seconds: float
+
+
+def export_session(
+    root: Root,
+    name: str,
+    path: Path,
+    progress: Callable[[int, int], object],
+    *,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write a session, with every chunk that it needs, to a new file for the user only.
+
+    The file appears when it is complete. Every record is verified as it is read; one that is
+    damaged goes into quarantine, and ends the export.
+
+    Parameters
+    ----------
+    root : Root
+    name : str
+    path : Path
+        Outside the root, whose quota it would escape.
+    progress : callable
+        Told chunks written, and chunks in all.
+    overwrite : bool
+        Replace a file that is there.
+
+    Raises
+    ------
+    ConfigError
+        There is no writing to ``path``, or it is taken.
+    SessionNotFound
+    CorruptChunk
+    DiskFull, StorageError, TransferTimeout
+    """
+    started = time.perf_counter()
+    _refuse_target(root, path, overwrite)
+    file, held = open_session(root, name)
+    try:
+        source, session = RecordSource(root, file, held), file.pack()
+        check_description(session, f"session {name!r}")
+        sizes = (len(session), len(file.layers), source.num_blocks, source.fmt.payload_bytes)
+        manifest = Manifest(*sizes)
+        with _new_file(path, sync=root.syncs) as out:
+            archive = _Archive(out, manifest)
+            archive.add(MANIFEST, manifest.pack())
+            archive.add(SESSION, session)
+            with closing(source.records()) as records:
+                for number, (info, payload) in enumerate(records):
+                    archive.add_record(source.fmt, number, info, payload)
+                    progress(number + 1, manifest.num_records)
+            archive.finish()
+            archive_bytes = out.tell()
+    finally:
+        held.release()
+    return ExportReport(
+        path=path,
+        num_chunks=manifest.num_records,
+        num_shuffled=archive.num_shuffled,
+        content_bytes=manifest.total_bytes,
+        archive_bytes=archive_bytes,
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Archive:
+    """A tar on its way through a compressor."""
+
+    def __init__(self, out: BinaryIO, manifest: Manifest) -> None:
+        self.num_shuffled = 0
+        self._planes = np.empty(manifest.payload_bytes, np.uint8)
+        compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
+        # No context manager: it would end the frame after an error too, and hide the error.
+        self._writer = compressor.stream_writer(out, size=manifest.total_bytes, closefd=False)
+
+    def add(self, name: str, content: bytes) -> None:
+        """Write a member."""
+        self._writer.write(member_header(name, len(content)))
+        self._writer.write(content)
+        self._pad(len(content))
+
+    def add_record(self, fmt: RecordFormat, number: int, info: ChunkInfo, payload: Tensor) -> None:
+        """Write a record, as planes if that is worth it."""
+        values, size = payload.numpy(), fmt.layout.dtype.itemsize
+        is_shuffled = gains(values, size)
+        header = pack_header(fmt, info, digest_heads(values.data, fmt.head_bytes))
+        num_bytes = len(header) + fmt.payload_bytes
+        self._writer.write(member_header(record_names(number)[is_shuffled], num_bytes))
+        self._writer.write(header)
+        if is_shuffled:
+            shuffle(values, size, self._planes)
+            for plane in self._planes.reshape(size, -1):
+                self._writer.flush(zstandard.FLUSH_BLOCK)
+                self._writer.write(plane.data)
+            self._writer.flush(zstandard.FLUSH_BLOCK)
+            self.num_shuffled += 1
+        else:
+            self._writer.write(values.data)
+        self._pad(num_bytes)
+
+    def finish(self) -> None:
+        """Write the end of the tar and of the frame."""
+        self._writer.write(END)
+        self._writer.flush(zstandard.FLUSH_FRAME)
+
+    def _pad(self, num_bytes: int) -> None:
+        self._writer.write(bytes(-num_bytes % TAR_BLOCK_BYTES))
+
+
+def _refuse_target(root: Root, path: Path, overwrite: bool) -> None:
+    try:
+        folder = path.parent.resolve(strict=True)
+        is_folder, is_taken = path.is_dir(), os.path.lexists(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    if folder.is_relative_to(root.paths.root.resolve()):
+        raise ConfigError(f"{path} lies in the session store, whose quota counts sessions only")
+    if is_folder:
+        raise ConfigError(f"cannot write {path}: it is a folder")
+    if is_taken and not overwrite:
+        raise ConfigError(f"{path} exists; overwrite replaces it")
+
+
+@contextmanager
+def _new_file(path: Path, *, sync: bool) -> Iterator[BinaryIO]:
+    """Open a file that gets its name when the block ends well, and is gone if it does not."""
+    unfinished = path.with_name(f".kv-export-{secrets.token_hex(8)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(unfinished, flags, 0o600)
+    except OSError as error:
+        failure = as_storage_error(error, f"cannot write in {path.parent}")
+        raise failure if isinstance(failure, DiskFull) else ConfigError(str(failure)) from error
+    try:
+        with open(fd, "wb", buffering=_BUFFER_BYTES) as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(fd)
+        os.replace(unfinished, path)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, OffloadError):
+            raise as_storage_error(error, f"export to {path}") from error
+        raise

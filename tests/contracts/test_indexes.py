@@ -1,0 +1,168 @@
+"""Every index keeps the contract, and does what its own method promises."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload.errors import ConfigError
+from offload.index.base import KeyIndex
+from offload.index.bounds import BoundsIndex
+from offload.index.clusters import SEGMENT_TOKENS, ClusterIndex
+from offload.index.mean import MeanIndex
+from offload.index.residual import ResidualIndex
+from offload.index.topk import TopKIndex
+from tests.contracts.index_contract import (
+    IndexContract,
+    TailContract,
+    full_attention,
+    random_rows,
+)
+
+
+class TestTopKIndex(TailContract):
+    aligned_tokens = 64
+
+    def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
+        return TopKIndex.build(keys, values)
+
+    def test_search_for_one_query_finds_the_keys_with_the_largest_logits(self) -> None:
+        keys, query = random_rows(2, 500, 64), random_rows(2, 1, 64, seed=1)
+        best = torch.bmm(query, keys.mT)[:, 0].topk(30, 1).indices
+        found = self.build(keys, keys).search(query, 30).ids
+        assert torch.equal(found.sort().values, best.sort().values)
+
+    def test_lse_of_the_tail_is_exact(self) -> None:
+        keys, values, query = (random_rows(2, n, 64, seed=n) for n in (500, 500, 3))
+        index = self.build(keys, values)
+        hits = index.search(query, 0)
+        tail = index.tail(query, hits, hits.found, values[:, :0])
+        assert tail is not None
+        torch.testing.assert_close(tail.lse, torch.bmm(query, keys.mT).logsumexp(-1))
+
+    def test_tail_with_means_of_single_tokens_is_full_attention(self) -> None:
+        keys, values, query = (random_rows(2, n, 64, seed=n) for n in (500, 500, 3))
+        index = TopKIndex.build(keys, values, chunk_tokens=1)
+        hits = index.search(query, 0)
+        tail = index.tail(query, hits, hits.found, values[:, :0])
+        assert tail is not None
+        torch.testing.assert_close(tail.out, full_attention(query, keys, values))
+
+
+class TestRenormalisedTopKIndex(IndexContract):
+    aligned_tokens = 64
+
+    def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
+        return TopKIndex.build(keys, values, renormalised=True)
+
+
+class TestBoundsIndex(IndexContract):
+    aligned_tokens = 16
+
+    def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
+        return BoundsIndex.build(keys, values)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("chunk_tokens", [1, 16, 24])
+    def test_no_logit_of_a_chunk_exceeds_its_bound(
+        self, chunk_tokens: int, dtype: torch.dtype
+    ) -> None:
+        keys, query = random_rows(2, 250, 64).to(dtype), random_rows(2, 4, 64, seed=1)
+        index = BoundsIndex.build(keys, keys, chunk_tokens=chunk_tokens)
+        bounds = index.bounds(query).repeat_interleave(chunk_tokens, 2)[..., :250]
+        assert bool((torch.bmm(query, keys.float().mT) <= bounds + 1e-4).all())
+
+    def test_bounds_of_single_tokens_are_their_logits(self) -> None:
+        keys, query = random_rows(2, 50, 64), random_rows(2, 4, 64, seed=1)
+        index = BoundsIndex.build(keys, keys, chunk_tokens=1)
+        torch.testing.assert_close(index.bounds(query), torch.bmm(query, keys.mT))
+
+
+class TestMeanIndex(IndexContract):
+    aligned_tokens = 16
+
+    def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
+        return MeanIndex.build(keys, values)
+
+    @pytest.mark.parametrize(("is_cosine", "best"), [(False, 1), (True, 0)])
+    def test_cosine_prefers_the_closer_chunk_and_dot_product_the_longer(
+        self, is_cosine: bool, best: int
+    ) -> None:
+        query = torch.tensor([[[1.0, 0.0]]])
+        keys = torch.tensor([[1.0, 0.0], [5.0, 5.0]]).repeat_interleave(16, 0).unsqueeze(0)
+        found = MeanIndex.build(keys, keys, is_cosine=is_cosine).search(query, 16).ids
+        assert sorted(found[0].tolist()) == list(range(16 * best, 16 * best + 16))
+
+    def test_representatives_are_the_keys_most_like_the_others(self) -> None:
+        keys = torch.tensor([[1.0, 0.0]] * 12 + [[0.0, 1.0]] * 4).unsqueeze(0)
+        means = MeanIndex.build(keys, keys, representatives=4).means
+        assert torch.equal(means, torch.tensor([[[1.0, 0.0]]]))
+
+
+class TestCosineMeanIndex(IndexContract):
+    aligned_tokens = 16
+
+    def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
+        return MeanIndex.build(keys, values, is_cosine=True)
+
+
+class TestRepresentativeMeanIndex(IndexContract):
+    aligned_tokens = 32
+
+    def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
+        return MeanIndex.build(keys, values, chunk_tokens=32, representatives=4)
+
+
+class TestClusterIndex(TailContract):
+    aligned_tokens = SEGMENT_TOKENS
+
+    def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
+        return ClusterIndex.build(keys, values)
+
+    def test_clusters_without_keys_take_no_share_of_a_query_s_softmax(self) -> None:
+        keys = torch.tensor([[-9.0, 0.1], [-9.0, 0.0]]).repeat_interleave(50, 0).unsqueeze(0)
+        index = ClusterIndex.build(keys, keys, tokens_per_cluster=10)
+        assert int((index.clusters.counts == 0).sum()) > 0
+        sure_of_the_first, unsure = [100.0, 300.0], [0.0, -1.0]
+        found = index.search(torch.tensor([[sure_of_the_first, unsure]]), 50).ids
+        assert sorted(found[0].tolist()) == list(range(50))
+
+
+class TestOneBitResidualIndex(TailContract):
+    aligned_tokens = SEGMENT_TOKENS
+
+    def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
+        return ResidualIndex.build(keys, values, num_bits=1)
+
+
+class TestTwoBitResidualIndex(TailContract):
+    aligned_tokens = SEGMENT_TOKENS
+
+    def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
+        return ResidualIndex.build(keys, values, num_bits=2)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            TopKIndex.build(random_rows(1, 9, 8), random_rows(1, 9, 8)),
+            TopKIndex.build(random_rows(1, 9, 8), random_rows(1, 9, 8), renormalised=True),
+        ),
+        (
+            BoundsIndex.build(random_rows(1, 9, 8), random_rows(1, 9, 8)),
+            BoundsIndex.build(random_rows(1, 9, 8), random_rows(1, 9, 8), chunk_tokens=8),
+        ),
+        (
+            MeanIndex.build(random_rows(1, 9, 8), random_rows(1, 9, 8)),
+            MeanIndex.build(random_rows(1, 9, 8), random_rows(1, 9, 8), representatives=2),
+        ),
+        (
+            ResidualIndex.build(random_rows(1, 9, 8), random_rows(1, 9, 8)),
+            ResidualIndex.build(random_rows(1, 9, 8), random_rows(1, 9, 8), num_bits=1),
+        ),
+    ],
+    ids=lambda index: type(index).__name__,
+)
+def test_join_of_parts_with_different_options_is_refused(one: KeyIndex, other: KeyIndex) -> None:
+    with pytest.raises(ConfigError, match="differ in their options"):
+        type(one).join([one, other])
