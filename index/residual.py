@@ -204,7 +204,7 @@ class ResidualIndex(KeyIndex):
         logits = torch.bmm(query, clusters.key_means().transpose(1, 2))
         masses = logits + clusters.counts.float().log().unsqueeze(1)
         lse = masses.logsumexp(-1, keepdim=True)
-        order = (masses - lse).exp().amax(1).argsort(1, descending=True)
+        order = (masses - lse).amax(1).argsort(1, descending=True)
         counts = clusters.counts.long().gather(1, order)
         wanted = max(int(self.settings.scan * self.num_tokens), 2 * budget)
         chosen = counts.cumsum(1) - counts < wanted

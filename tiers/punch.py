@@ -2,8 +2,6 @@
 
 import ctypes
 import errno
-import functools
-from collections.abc import Callable
 
 _KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02
 

@@ -117,7 +117,7 @@ def digest_heads(payload: memoryview, head_bytes: int) -> tuple[int, ...]:
     """
     digest = xxhash.xxh3_64_intdigest
     starts = range(0, len(payload), head_bytes)
-    return tuple(digest(payload[start : start + head_bytes]) for start in starts)
+    return tuple([digest(payload[start : start + head_bytes]) for start in starts])
 
 
 def pack_header(fmt: RecordFormat, info: ChunkInfo, digests: tuple[int, ...]) -> bytes:

@@ -38,7 +38,7 @@ class SegmentFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._token = secrets.token_hex(4)
-        self._adopted: dict[int, Path] = {}
+        self._paths: dict[int, Path] = {}
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             block_bytes = os.statvfs(directory).f_frsize
@@ -49,14 +49,15 @@ class SegmentFiles:
 
     def path(self, segment: int) -> Path:
         """Return the file of a segment."""
-        adopted = self._adopted.get(segment)
-        if adopted is not None:
-            return adopted
-        return self.directory / f"{self._token}-{segment:010d}{_SUFFIX}"
+        path = self._paths.get(segment)
+        if path is None:  # kept, because making one takes longer than opening the file
+            path = self.directory / f"{self._token}-{segment:010d}{_SUFFIX}"
+            self._paths[segment] = path
+        return path
 
     def adopt(self, segment: int, path: Path) -> None:
         """Give a number to a file of somebody else, to be read only."""
-        self._adopted[segment] = path
+        self._paths[segment] = path
 
     @contextmanager
     def open(self, segment: int, *, writing: bool, direct: bool) -> Iterator[int]:
@@ -111,3 +112,4 @@ class SegmentFiles:
             path.unlink(missing_ok=True)
         except OSError as error:
             raise as_storage_error(error, f"cannot remove {path}") from error
+        self._paths.pop(segment, None)

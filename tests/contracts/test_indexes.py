@@ -14,6 +14,7 @@ from offload.index.topk import TopKIndex
 from tests.contracts.index_contract import (
     IndexContract,
     TailContract,
+    error,
     full_attention,
     random_rows,
 )
@@ -139,6 +140,29 @@ class TestTwoBitResidualIndex(TailContract):
 
     def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
         return ResidualIndex.build(keys, values, num_bits=2)
+
+
+@pytest.mark.parametrize("num_bits", [1, 2])
+def test_tokens_of_equal_weight_are_estimated_without_bias(num_bits: int) -> None:
+    keys, values = random_rows(2, 1, 64).expand(2, 500, 64), random_rows(2, 500, 64, seed=1)
+    query = random_rows(2, 2, 64, seed=2) / 4
+    index = ResidualIndex.build(keys, values, num_bits=num_bits)
+    hits = index.search(query, 0)
+    tail = index.tail(query, hits, hits.found, values[:, :0])
+    assert tail is not None
+    assert error(tail.out, full_attention(query, keys, values)) < 0.03
+
+
+def test_scan_for_a_needle_is_not_lost_beside_a_key_with_almost_all_of_the_mass() -> None:
+    keys, query = random_rows(4, 2000, 64) / 10, random_rows(4, 1, 64, seed=1)
+    needle = 20 * query[:, 0] / query[:, 0].square().sum(-1, keepdim=True)
+    keys[:, 1500] = needle
+    keys[:, 1900] = 100 * needle + 300 * random_rows(4, 64, seed=2)
+    assert bool((query[:, 0] * keys[:, 1900]).sum(-1).min() > 200)
+    index = ResidualIndex.build(keys, keys, scan=0.05)
+    hits = index.search(query, 40)
+    for row in hits.ids:
+        assert {1500, 1900} <= set(row.tolist())
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,6 @@
 """``offload sessions`` on real stores, through the command line."""
 
-import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +8,7 @@ from typing import Any
 import pytest
 
 from offload.cli import main
-from offload.cli_sessions import lifetime
 from offload.config import format_size
-from offload.sessions_report import format_layers, format_span
 from tests.support.sessions import (
     TAIL_TOKENS,
     expected_payloads,
@@ -182,20 +177,6 @@ def test_ttl_lets_a_session_expire_and_none_takes_it_back(
     assert ask("info", "short")["expires_at"] is None
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("7d", 604_800), ("2w", 1_209_600)],
-)
-def test_lifetime_as_text_is_read_in_its_unit(text: str, seconds: float) -> None:
-    assert lifetime(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "7", "d", "0s", "-1d", "1y", "1 d", "7D", "1e3s", "nans"])
-def test_lifetime_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="is not like 90s"):
-        lifetime(text)
-
-
 def test_rename_keeps_the_session_under_the_new_name(
     sessions: Run, ask: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -360,78 +341,3 @@ def test_sessions_with_an_impossible_argument_say_why_in_one_line(
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1].startswith(f"offload: {reason}")
     assert printed.out == ""
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["list"],
-        ["info", "a"],
-        ["pin", "a"],
-        ["unpin", "a"],
-        ["ttl", "a", "1h"],
-        ["rename", "a", "b"],
-        ["delete", "a"],
-        ["verify", "a"],
-        ["export", "a", "file"],
-        ["usage"],
-    ],
-    ids=lambda arguments: arguments[0],
-)
-def test_sessions_of_a_missing_root_say_so_and_make_none(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = tmp_path / "nowhere"
-    assert main(["sessions", *arguments, "--root", str(root)]) == 2
-    expected = f"offload: {root} does not exist; name the root of a session store\n"
-    assert capsys.readouterr().err == expected
-    assert not root.exists()
-
-
-def test_sessions_of_a_folder_that_is_no_root_leave_it_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "home"
-    folder.mkdir(mode=0o755)
-    before = folder.stat()
-    assert main(["sessions", "list", "--root", str(folder)]) == 2
-    assert "is none; name the root of a session store" in capsys.readouterr().err
-    assert list(folder.iterdir()) == []
-    assert folder.stat() == before
-
-
-def test_sessions_without_a_root_use_the_cache_folder_of_the_user(
-    root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "cache" / "offload-kv").mkdir(parents=True)
-    root.rename(tmp_path / "cache" / "offload-kv" / "sessions")
-    assert main(["sessions", "list", "--json"]) == 0
-    names = [each["name"] for each in json.loads(capsys.readouterr().out)["sessions"]]
-    assert names == ["long", "short"]
-
-
-def test_sessions_do_not_wait_for_transformers_to_be_imported(root: Path) -> None:
-    code = "import sys, offload.cli as c; c.main(sys.argv[1:]); print('transformers' in sys.modules)"
-    command = [sys.executable, "-c", code, "sessions", "list", "--json", "--root", str(root)]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert found.stdout.endswith("}\nFalse\n")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(-5, "0 s"), (0.2, "0 s"), (59, "59 s"), (60, "1 min"), (10_800, "3 h"), (1e6, "12 d")],
-)
-def test_span_is_written_in_its_largest_unit(seconds: float, text: str) -> None:
-    assert format_span(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("layers", "text"),
-    [((0,), "0"), ((0, 1, 2, 5), "0–2, 5"), ((3, 7, 8), "3, 7–8"), (range(32), "0–31")],
-)
-def test_layers_are_written_as_runs(layers: tuple[int, ...], text: str) -> None:
-    assert format_layers(layers) == text

@@ -2,7 +2,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.tiers.io_plan import MAX_OP_BUFFERS, MAX_OP_BYTES, Extent, plan_io
+from offload.tiers.io_plan import (
+    MAX_OP_BUFFERS,
+    MAX_OP_BYTES,
+    MIN_SHARE,
+    Extent,
+    join_pieces,
+    plan_io,
+    share_out,
+)
 
 _KIB, _MIB = 1 << 10, 1 << 20
 
@@ -91,3 +99,83 @@ def test_plan_serves_every_extent_once_and_keeps_the_limits(
         assert at == op.offset + op.num_bytes
         assert op.num_bytes <= max_op_bytes or len(op.members) == 1
         assert 2 * len(op.members) <= max_op_buffers
+
+
+@pytest.mark.parametrize(
+    ("num_records", "num_threads", "max_records", "sizes"),
+    [
+        (0, 4, 100, []),
+        (1, 4, 100, [1]),
+        (MIN_SHARE + 1, 8, 100, [MIN_SHARE, 1]),
+        (64, 8, 100, [8] * 8),
+        (65, 8, 100, [9] * 7 + [2]),
+        (10, 1, 4, [4, 4, 2]),
+        (3, 8, 1, [1, 1, 1]),
+    ],
+)
+def test_shares_grow_until_each_thread_has_one(
+    num_records: int, num_threads: int, max_records: int, sizes: list[int]
+) -> None:
+    places = [(0, index) for index in range(num_records)]
+    assert [len(share) for share in share_out(places, num_threads, max_records)] == sizes
+
+
+@given(
+    places=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), max_size=40),
+    num_threads=st.integers(1, 5),
+    max_records=st.integers(1, 12),
+)
+def test_every_record_is_in_one_share_of_one_segment_in_disk_order(
+    places: list[tuple[int, int]], num_threads: int, max_records: int
+) -> None:
+    shares = share_out(places, num_threads, max_records)
+    assert sorted(i for share in shares for i in share) == list(range(len(places)))
+    for share in shares:
+        assert 0 < len(share) <= max_records
+        found = [places[i] for i in share]
+        assert found == sorted(found)
+        assert len({segment for segment, _ in found}) == 1
+
+
+def _pieces(*spans: tuple[int, int]) -> list[tuple[int, memoryview]]:
+    return [(offset, memoryview(bytearray(num_bytes))) for offset, num_bytes in spans]
+
+
+@pytest.mark.parametrize(
+    ("spans", "reads"),
+    [
+        ([], []),
+        ([(5, 3), (8, 2)], [(5, [3, 2])]),
+        ([(5, 3), (12, 2)], [(5, [3, 4, 2])]),
+        ([(5, 3), (13, 2)], [(5, [3]), (13, [2])]),
+        ([(5, 3), (5, 3)], [(5, [3]), (5, [3])]),
+        ([(5, 3), (7, 3)], [(5, [3]), (7, [3])]),
+        ([(0, 1), (2, 1), (9, 1), (10, 1)], [(0, [1, 1, 1]), (9, [1, 1])]),
+    ],
+    ids=["none", "adjacent", "small_gap", "large_gap", "twice", "overlap", "several"],
+)
+def test_pieces_are_joined_over_gaps_that_fit_into_the_spill(
+    spans: list[tuple[int, int]], reads: list[tuple[int, list[int]]]
+) -> None:
+    joined = join_pieces(_pieces(*spans), memoryview(bytearray(4)))
+    assert [(offset, [len(view) for view in views]) for offset, views in joined] == reads
+
+
+@given(
+    spans=st.lists(st.tuples(st.integers(0, 200), st.integers(1, 20)), max_size=30),
+    spill_bytes=st.integers(0, 30),
+)
+def test_joined_reads_fill_every_piece_with_what_lies_there(
+    spans: list[tuple[int, int]], spill_bytes: int
+) -> None:
+    file = bytes(range(220))
+    pieces = _pieces(*sorted(spans))
+    reads = join_pieces(pieces, memoryview(bytearray(spill_bytes)))
+    for offset, views in reads:
+        for view in views:
+            view[:] = file[offset : offset + len(view)]
+            offset += len(view)
+    assert [bytes(view) for _, view in pieces] == [
+        file[offset : offset + len(view)] for offset, view in pieces
+    ]
+    assert sum(len(views) for _, views in reads) <= 2 * len(pieces)
