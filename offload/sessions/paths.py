@@ -81,6 +81,12 @@ class RootPaths:
         """
         try:
             _make_private(self.root)
+            entries = set(os.listdir(self.root))
+            if entries and entries.isdisjoint((*_FOLDERS, self.catalog.name)):
+                raise ConfigError(
+                    f"{self.root} holds {len(entries)} other files and is no session store; name "
+                    "an empty or a new folder"
+                )
             link, found = self.root.lstat(), self.root.stat()
             if found.st_uid != os.getuid():
                 raise ConfigError(f"{self.root} belongs to user {found.st_uid}, not {os.getuid()}")

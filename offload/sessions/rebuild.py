@@ -121,7 +121,8 @@ def _settings(catalog: Path) -> dict[str, str]:
     settings: dict[str, str] = {}
     if not catalog.exists():
         return settings
-    with suppress(sqlite3.Error, OffloadError), closing(sqlite3.connect(catalog)) as db:
+    damage = (sqlite3.Error, OffloadError, UnicodeDecodeError, OverflowError)
+    with suppress(*damage), closing(sqlite3.connect(catalog)) as db:
         for key in _SETTINGS:
             value = get_meta(db, key)
             if value is not None:

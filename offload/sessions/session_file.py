@@ -33,6 +33,8 @@ VERSION = 1
 MAX_BYTES = 4 << 30
 """No session file is larger: a header that says so is not believed."""
 
+_MAX_ROWS = 1 << 16
+
 _FIELDS = struct.Struct("<8sHxxIQQQ")  # magic, version, json bytes, tensor bytes, two checksums
 _DIGEST = struct.Struct("<Q")
 _BLOCK_DTYPE = np.dtype([("segment", "<u4"), ("position", "<u4"), ("key", f"V{KEY_BYTES}")])
@@ -203,7 +205,9 @@ def read_session_file(path: Path) -> SessionFile:
         raise
     except OSError as error:
         raise as_storage_error(error, f"read of {path}") from error
-    return unpack(content, str(path))
+    session = unpack(content, str(path))
+    _check_tails(session, str(path))
+    return session
 
 
 def write_session_file(path: Path, session: SessionFile, *, sync: bool) -> int:
@@ -266,6 +270,8 @@ def _from_parts(text: dict[str, Any], tensors: dict[str, Tensor]) -> SessionFile
     names = [name for name, *_ in text["segments"]]
     refs = [BlockRef(names[s], int(p), k.tobytes()) for s, p, k in table]
     per_row = len(refs) // num_rows if num_rows else 0
+    if not 0 < num_rows <= _MAX_ROWS:
+        raise ValueError(f"{num_rows} rows; at most {_MAX_ROWS}")
     if per_row > num_blocks or per_row * num_rows != len(refs):
         raise ValueError(f"{len(refs)} blocks in {num_rows} rows of {text['num_tokens']} tokens")
     return SessionFile(
@@ -283,3 +289,16 @@ def _from_parts(text: dict[str, Any], tensors: dict[str, Tensor]) -> SessionFile
         expires_at=text["expires_at"],
         is_pinned=bool(text["is_pinned"]),
     )
+
+
+def _check_tails(session: SessionFile, what: str) -> None:
+    """Raise CorruptChunk unless every layer has the tail that its chunks leave."""
+    layout = session.layout
+    num_blocks = len(session.rows[0]) if session.rows else 0
+    num_tail = session.num_tokens - num_blocks * layout.chunk_tokens
+    expected = (len(session.rows), layout.num_kv_heads, num_tail, layout.row_dim)
+    for layer in session.layers:
+        tail = session.tensors.get(f"tail.{layer}")
+        if tail is None or tuple(tail.shape) != expected or tail.dtype != layout.dtype:
+            found = None if tail is None else (tail.dtype, list(tail.shape))
+            raise CorruptChunk(f"{what}: tail of layer {layer} is {found}, not {list(expected)}")

@@ -51,6 +51,14 @@ def test_keys_of_different_directions_never_share_a_cluster(
         assert len({cluster for cluster, _ in owners}) == len(owners)
 
 
+def test_long_keys_do_not_attract_keys_of_another_direction() -> None:
+    """Scenario: by inner product all keys would go to the longest centroid."""
+    number = torch.arange(60) % 2
+    long_and_short = torch.tensor([[10.0, 0.0], [0.8, 0.6]])
+    assignment = spherical_kmeans(long_and_short[number].unsqueeze(0), 7)[0][0]
+    assert not set(assignment[number == 0].tolist()) & set(assignment[number == 1].tolist())
+
+
 def test_length_of_keys_does_not_change_their_cluster() -> None:
     keys = bundles(200, 5)[0]
     # A power of two, and the same for all, so that rounding does not either.
