@@ -187,7 +187,7 @@ def _session(namespace: Namespace, layers: tuple[int, ...], count: int, first: i
         num_tokens=token_ids.shape[1],
         rows=(tuple(BlockRef(segment, position, key) for position, key in enumerate(keys)),),
         segments={segment: (len(layers), count)},
-        tensors={"token_ids": token_ids},
+        tensors={"token_ids": token_ids, **_tails(layers)},
         state={},
         created_at=time.time(),
     )
@@ -208,9 +208,14 @@ def _content(layers: tuple[int, ...], count: int, seed: int) -> Content:
     rows = [[tuple(next(names) for _ in layers) for _ in range(count)]]
     token_ids = _token_ids(count, seed)
     num_tokens = token_ids.shape[1]
-    return Content(
-        _namespace(layers), _LAYOUT, layers, num_tokens, rows, read, token_ids, {}, {}, {}
-    )
+    namespace, tails = _namespace(layers), _tails(layers)
+    return Content(namespace, _LAYOUT, layers, num_tokens, rows, read, token_ids, tails, {}, {})
+
+
+def _tails(layers: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return growing chunks of no token."""
+    shape = (1, _LAYOUT.num_kv_heads, 0, _LAYOUT.row_dim)
+    return {f"tail.{layer}": torch.empty(shape, dtype=_LAYOUT.dtype) for layer in layers}
 
 
 def _namespace(layers: tuple[int, ...]) -> Namespace:
