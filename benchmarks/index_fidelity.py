@@ -3,9 +3,9 @@
 Every query is asked by itself. The first 4 and last 64 tokens are read exactly, and of the others,
 which are indexed, as many as the budget says: a share of all tokens. Keys and values are in
 bfloat16. `recall` is the share of the 100 best indexed keys that were read, `mass` that of the
-softmax; `|dZ|/Z` is the error of its denominator and `error` that of the output, relative to its
-length, both with what the index says about the tokens that were not read. `scanned` counts the
-bytes of the index that a search reads, `index` all of its bytes, as a share of keys and values.
+softmax; `Z error` is that of its denominator, relative, and `error` that of the output, relative
+to its length, both with what the index says about the tokens that were not read. `scanned` counts
+the bytes of the index that a search reads, `index` all of its bytes, as a share of keys and values.
 Times are of one CPU, for building the index, and for one search with its estimate.
 
     python -m benchmarks.index_fidelity [--num-keys 16384] [--temperatures 24 36 52]
@@ -108,7 +108,7 @@ def _mean(numbers: list[float] | list[int]) -> float:
 
 
 COLUMNS = (
-    *("method", "read", "recall@100", "mass", "|dZ|/Z", "error", "p95"),
+    *("method", "read", "recall@100", "mass", "Z error", "error", "p95"),
     *("B/key", "index", "scanned", "build ms", "search ms"),
 )
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from offload.index.base import NO_TOKEN, Hits, KeyIndex, agreed, require_finite
+from offload.index.base import NO_TOKEN, Hits, KeyIndex, agreed, combine_group, require_finite
 from offload.index.clusters import (
     SEGMENT_TOKENS,
     Clusters,
@@ -26,19 +26,9 @@ from offload.index.clusters import (
     to_int8,
 )
 from offload.index.kmeans import cluster_means
-from offload.kernels.codes import (
-    Codes,
-    decode,
-    encode,
-    inner_products,
-    level_norm,
-    noise,
-    rotation,
-)
+from offload.index.value_codes import ValueCodes, code_values, join_codes, join_values
+from offload.kernels.codes import Codes, encode, inner_products, level_norm, noise, rotation
 from offload.types import Partial
-
-VALUE_DIMS = 32
-"""Directions in which value residuals are coded: those that vary most in the segment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +59,7 @@ class ResidualIndex(KeyIndex):
     clusters : Clusters
     keys : Codes
         Of the rotated residuals of the keys.
-    values : Codes
-        Of the residuals of the values, one bit in each of ``VALUE_DIMS`` directions.
-    basis : Tensor, float16 [num_heads, num_segments, VALUE_DIMS, value_dim]
-        These directions, orthonormal.
+    values : ValueCodes
     spread : Tensor, float16 [num_heads, num_clusters]
         Root mean square of what the coded values miss, in each cluster.
     """
@@ -80,8 +67,7 @@ class ResidualIndex(KeyIndex):
     settings: Settings
     clusters: Clusters
     keys: Codes
-    values: Codes
-    basis: Tensor
+    values: ValueCodes
     spread: Tensor
 
     @classmethod
@@ -99,9 +85,8 @@ class ResidualIndex(KeyIndex):
         turned = residuals @ rotation(keys.shape[-1]).to(keys.device)
         means = clusters.means_of_values()
         residuals = values.float() - _rows(means, number)
-        basis = _widest(residuals).to(torch.float16)
-        codes = encode(torch.bmm(residuals, basis.float().mT), 1, unbiased=False)
-        coded = torch.bmm(decode(codes, 1, basis.shape[1]), basis.float())
+        codes = code_values(residuals)
+        coded = codes.decode()
         # Coded residuals do not sum to zero as true ones do; the means make up for it, so that a
         # cluster whose tokens all weigh the same is estimated exactly.
         means = means - cluster_means(coded, number, means.shape[1])[0]
@@ -114,7 +99,6 @@ class ResidualIndex(KeyIndex):
             clusters,
             encode(turned, settings.num_bits, unbiased=True),
             codes,
-            basis.unsqueeze(1),
             cluster_means(squares, number, means.shape[1])[0].squeeze(-1).sqrt().half(),
         )
 
@@ -125,9 +109,8 @@ class ResidualIndex(KeyIndex):
         return cls(
             agreed([part.settings for part in parts]),
             join_clusters([part.clusters for part in parts]),
-            _join_codes([part.keys for part in parts]),
-            _join_codes([part.values for part in parts]),
-            torch.cat([part.basis for part in parts], 1),
+            join_codes([part.keys for part in parts]),
+            join_values([part.values for part in parts]),
             torch.cat([part.spread for part in parts], 1),
         )
 
@@ -144,9 +127,9 @@ class ResidualIndex(KeyIndex):
             **self.clusters.tensors(),
             "key_bits": self.keys.bits,
             "key_scale": self.keys.scale,
-            "value_bits": self.values.bits,
-            "value_scale_code": self.values.scale,
-            "basis": self.basis,
+            "value_bits": self.values.codes.bits,
+            "value_scale_code": self.values.codes.scale,
+            "basis": self.values.basis,
             "spread": self.spread,
         }
 
@@ -159,8 +142,7 @@ class ResidualIndex(KeyIndex):
             Settings(**meta["settings"]),
             restore_clusters(tensors, meta["sizes"]),
             Codes(tensors["key_bits"], tensors["key_scale"]),
-            Codes(tensors["value_bits"], tensors["value_scale_code"]),
-            tensors["basis"],
+            ValueCodes(Codes(tensors["value_bits"], tensors["value_scale_code"]), tensors["basis"]),
             tensors["spread"],
         )
 
@@ -196,53 +178,53 @@ class ResidualIndex(KeyIndex):
             2, number.unsqueeze(1).expand_as(token_weights), token_weights
         )
         out = torch.bmm(weights, self.clusters.means_of_values())
-        return Partial(out + self._coded_values(estimate.tokens, token_weights), lse)
+        everywhere = token_weights.new_zeros(*token_weights.shape[:2], self.num_tokens)
+        everywhere.scatter_(2, estimate.tokens.unsqueeze(1).expand_as(token_weights), token_weights)
+        lengths = [num_tokens for num_tokens, _ in self.clusters.sizes]
+        return Partial(out + self.values.sum(everywhere, lengths), lse)
 
     def _estimate(self, query: Tensor, budget: int) -> "_Estimate":
         """Score clusters, then the tokens of the best of them: more of these than are wanted."""
         clusters = self.clusters
-        logits = torch.bmm(query, clusters.key_means().transpose(1, 2))
+        logits = torch.bmm(query, clusters.key_means().mT)
         masses = logits + clusters.counts.float().log().unsqueeze(1)
-        lse = masses.logsumexp(-1, keepdim=True)
-        order = (masses - lse).amax(1).argsort(1, descending=True)
-        counts = clusters.counts.long().gather(1, order)
-        wanted = max(int(self.settings.scan * self.num_tokens), 2 * budget)
-        chosen = counts.cumsum(1) - counts < wanted
-        scanned = torch.zeros_like(chosen).scatter_(1, order, chosen)
+        scanned = self._best_clusters(masses, budget)
         number = clusters.cluster_of()
         inside = scanned.gather(1, number)
         longest = int(inside.sum(1).max())
         tokens = inside.int().sort(dim=1, descending=True, stable=True).indices[:, :longest]
         valid = inside.gather(1, tokens)
-        own = number.gather(1, tokens)
-        num_bits, dim = self.settings.num_bits, query.shape[-1]
-        turned = query @ rotation(dim).to(query.device)
-        bits = self.keys.bits.gather(
-            1, tokens.unsqueeze(-1).expand(-1, -1, self.keys.bits.shape[-1])
-        )
-        scale = self.keys.scale.gather(1, tokens)
-        residual = inner_products(turned, Codes(bits, scale), num_bits)
-        deviation = noise(num_bits, dim) * level_norm(num_bits, dim) * scale.float().abs()
-        variance = (query.norm(dim=-1).unsqueeze(-1) * deviation.unsqueeze(1)).square()
-        per_token = logits.gather(2, own.unsqueeze(1).expand(-1, logits.shape[1], -1))
-        # The mean of exp(x + noise) is exp(x + variance / 2): take that out again.
-        raw = (per_token + residual).masked_fill(~valid.unsqueeze(1), -math.inf)
-        per_token = raw - variance / 2
+        own = number.gather(1, tokens).unsqueeze(1).expand(-1, query.shape[1], -1)
+        residual, variance = self._residual_logits(query, tokens)
+        raw = (logits.gather(2, own) + residual).masked_fill(~valid.unsqueeze(1), -math.inf)
+        # The mean of exp(x + noise) is exp(x + variance / 2). Half of that is taken out: tokens
+        # whose noise was upward are mostly read, and those that are left err downward already.
+        per_token = raw - variance / 4
         others = masses.masked_fill(scanned.unsqueeze(1), -math.inf)
         total = torch.logaddexp(per_token.logsumexp(-1), others.logsumexp(-1))
         # Reading a token costs little, missing one that matters much: hope for two deviations.
         shares = (raw + 2 * variance.sqrt() - total.unsqueeze(-1)).amax(1)
         return _Estimate(tokens, valid, shares, per_token, others)
 
-    def _coded_values(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        """Return the weighted sum of what is known of the value residuals of some tokens."""
-        heads, queries, _ = weights.shape
-        everywhere = weights.new_zeros(heads, queries, self.num_tokens)
-        everywhere.scatter_(2, tokens.unsqueeze(1).expand_as(weights), weights)
-        lengths = [num_tokens for num_tokens, _ in self.clusters.sizes]
-        along = decode(self.values, 1, self.basis.shape[2]).split(lengths, 1)
-        sums = [torch.bmm(*pair) for pair in zip(everywhere.split(lengths, 2), along, strict=True)]
-        return torch.cat(sums, 2) @ self.basis.float().flatten(1, 2)
+    def _best_clusters(self, masses: Tensor, budget: int) -> Tensor:
+        """Return which clusters to scan, bool ``[num_heads, num_clusters]``."""
+        order = combine_group(masses).argsort(1, descending=True)
+        counts = self.clusters.counts.long().gather(1, order)
+        wanted = max(int(self.settings.scan * self.num_tokens), 2 * budget)
+        chosen = counts.cumsum(1) - counts < wanted
+        return torch.zeros_like(chosen).scatter_(1, order, chosen)
+
+    def _residual_logits(self, query: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the residuals of tokens add to their logits, and the variance of that."""
+        num_bits, dim = self.settings.num_bits, query.shape[-1]
+        width = self.keys.bits.shape[-1]
+        bits = self.keys.bits.gather(1, tokens.unsqueeze(-1).expand(-1, -1, width))
+        scale = self.keys.scale.gather(1, tokens)
+        turned = query @ rotation(dim).to(query.device)
+        residual = inner_products(turned, Codes(bits, scale), num_bits)
+        deviation = noise(num_bits, dim) * level_norm(num_bits, dim) * scale.float().abs()
+        variance = (query.norm(dim=-1).unsqueeze(-1) * deviation.unsqueeze(1)).square()
+        return residual, variance
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,15 +252,3 @@ class _Estimate:
 
 def _rows(means: Tensor, number: Tensor) -> Tensor:
     return means.gather(1, number.unsqueeze(-1).expand(-1, -1, means.shape[-1]))
-
-
-def _widest(residuals: Tensor) -> Tensor:
-    """Return the directions in which residuals vary most, mixed at random so that all matter."""
-    covariance = torch.bmm(residuals.transpose(1, 2), residuals)
-    dims = min(VALUE_DIMS, residuals.shape[-1])
-    directions: Tensor = torch.linalg.eigh(covariance)[1][..., -dims:].transpose(1, 2)
-    return rotation(dims).to(residuals.device) @ directions
-
-
-def _join_codes(parts: Sequence[Codes]) -> Codes:
-    return Codes(torch.cat([p.bits for p in parts], 1), torch.cat([p.scale for p in parts], 1))

@@ -103,10 +103,9 @@ class RecordIo:
         """
         headers, payloads, buffers = _scatter(op, out, scratch)
         is_aligned = _are_aligned(out[member] for member in op.members)
-        what = self._describe("read", op.segment, op.offset, op.num_bytes)
 
-        def move(fd: int) -> None:
-            read_fully(fd, buffers, op.offset, what, self._preadv)
+        def move(fd: int, file: str) -> None:
+            read_fully(fd, buffers, op.offset, file, self._preadv)
 
         self._on_file(op.segment, move, writing=False, is_aligned=is_aligned)
         for member, header, payload in zip(op.members, headers, payloads, strict=True):
@@ -137,10 +136,9 @@ class RecordIo:
             chunk = payload[: self.fmt.payload_bytes]
             digests = digest_heads(chunk, self.fmt.head_bytes)
             header[:] = pack_header(self.fmt, infos[member], digests)
-        what = self._describe("write", op.segment, op.offset, op.num_bytes)
 
-        def move(fd: int) -> None:
-            write_fully(fd, buffers, op.offset, what, self._pwritev)
+        def move(fd: int, file: str) -> None:
+            write_fully(fd, buffers, op.offset, file, self._pwritev)
 
         self._on_file(op.segment, move, writing=True, is_aligned=is_aligned)
 
@@ -181,8 +179,7 @@ class RecordIo:
         StorageError
         """
         segment = places[members[0]][0]
-        spill, pages = scratch[:_SPILL_BYTES], scratch[_SPILL_BYTES:]
-        headers = [pages[i * PAGE_BYTES : (i + 1) * PAGE_BYTES] for i in range(len(members))]
+        spill, headers = scratch[:_SPILL_BYTES], _pages(scratch[_SPILL_BYTES:], len(members))
         payloads = [_view(out[member]) for member in members]
         pieces: list[tuple[int, memoryview]] = []
         for member, header, payload in zip(members, headers, payloads, strict=True):
@@ -190,12 +187,10 @@ class RecordIo:
             pieces.append((start, header))
             pieces.append((start + PAGE_BYTES + first * self.fmt.head_bytes, payload))
         reads = join_pieces(pieces, spill)
-        path = self._files.path(segment)
 
-        def move(fd: int) -> None:
+        def move(fd: int, file: str) -> None:
             for offset, buffers in reads:
-                what = f"read of {len(members)} records' heads at offset {offset} of {path}"
-                read_fully(fd, buffers, offset, what, self._preadv)
+                read_fully(fd, buffers, offset, file, self._preadv)
 
         whole_pages = self.fmt.head_bytes % PAGE_BYTES == 0
         is_aligned = whole_pages and _are_aligned(out[member] for member in members)
@@ -205,25 +200,26 @@ class RecordIo:
             check_heads(payload, self.fmt, infos[member], digests, first)
 
     def _on_file(
-        self, segment: int, move: Callable[[int], None], *, writing: bool, is_aligned: bool
+        self, segment: int, move: Callable[[int, str], None], *, writing: bool, is_aligned: bool
     ) -> None:
         """Open a segment and move bytes, through the page cache if need be.
 
         With ``O_DIRECT`` the system refuses to go on from inside a page, which is where a truncated
         file or a limit on the file size leaves it; without, the same call tells what is wrong.
         """
-        direct = self.is_direct and is_aligned
+        direct, file = self.is_direct and is_aligned, str(self._files.path(segment))
         try:
             with self._files.open(segment, writing=writing, direct=direct) as fd:
-                move(fd)
+                move(fd, file)
         except StorageError as error:
             if not direct or error.errno != errno.EINVAL:
                 raise
             with self._files.open(segment, writing=writing, direct=False) as fd:
-                move(fd)
+                move(fd, file)
 
-    def _describe(self, verb: str, segment: int, offset: int, num_bytes: int) -> str:
-        return f"{verb} of {num_bytes} bytes at offset {offset} of {self._files.path(segment)}"
+
+def _pages(memory: memoryview, n: int) -> list[memoryview]:
+    return [memory[start : start + PAGE_BYTES] for start in range(0, n * PAGE_BYTES, PAGE_BYTES)]
 
 
 def _view(buffer: Tensor) -> memoryview:
@@ -238,8 +234,7 @@ def _scatter(
     op: Operation, tensors: Sequence[Tensor], scratch: memoryview
 ) -> tuple[list[memoryview], list[memoryview], list[memoryview]]:
     """Return the header pages, the payloads, and both in turn, as they lie on disk."""
-    starts = range(0, len(op.members) * PAGE_BYTES, PAGE_BYTES)
-    headers = [scratch[start : start + PAGE_BYTES] for start in starts]
+    headers = _pages(scratch, len(op.members))
     payloads = [_view(tensors[member]) for member in op.members]
     both = [view for pair in zip(headers, payloads, strict=True) for view in pair]
     return headers, payloads, both

@@ -22,7 +22,7 @@ _CANNOT_TELL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def read_fully(
-    fd: int, buffers: Sequence[memoryview], offset: int, what: str, preadv: VectoredCall = os.preadv
+    fd: int, buffers: Sequence[memoryview], offset: int, file: str, preadv: VectoredCall = os.preadv
 ) -> None:
     """Fill buffers from a file, however many calls that takes.
 
@@ -32,8 +32,8 @@ def read_fully(
     buffers : sequence of memoryview, uint8
         With ``O_DIRECT``: page-aligned, and whole pages.
     offset : int
-    what : str
-        Names the read in an error.
+    file : str
+        Names the file in an error.
     preadv : callable
 
     Raises
@@ -44,8 +44,9 @@ def read_fully(
         The system call failed; with ``EINVAL`` if ``O_DIRECT`` is set and an earlier call stopped
         inside a page, as at the end of a truncated file.
     """
-    missing = _move_all(fd, buffers, offset, what, preadv)
+    missing = _move_all("read", fd, buffers, offset, file, preadv)
     if missing:
+        what = _describe("read", buffers, offset, file)
         raise CorruptChunk(f"{what}: the file ends {missing} bytes too early")
 
 
@@ -53,14 +54,14 @@ def write_fully(
     fd: int,
     buffers: Sequence[memoryview],
     offset: int,
-    what: str,
+    file: str,
     pwritev: VectoredCall = os.pwritev,
 ) -> None:
     """Write buffers to a file, however many calls that takes.
 
     Parameters
     ----------
-    fd, buffers, offset, what, pwritev
+    fd, buffers, offset, file, pwritev
         As in ``read_fully``.
 
     Raises
@@ -70,8 +71,9 @@ def write_fully(
     StorageError
         The system call failed, or stopped moving bytes.
     """
-    missing = _move_all(fd, buffers, offset, what, pwritev)
+    missing = _move_all("write", fd, buffers, offset, file, pwritev)
     if missing:
+        what = _describe("write", buffers, offset, file)
         raise StorageError(errno.EIO, f"{what}: the system stopped {missing} bytes short")
 
 
@@ -116,10 +118,15 @@ def _open_nameless(directory: Path) -> int:
 
 
 def _move_all(
-    fd: int, buffers: Sequence[memoryview], offset: int, what: str, call: VectoredCall
+    verb: str,
+    fd: int,
+    buffers: Sequence[memoryview],
+    offset: int,
+    file: str,
+    call: VectoredCall,
 ) -> int:
     """Call until every byte has moved or no more do; return how many are missing."""
-    total = sum(len(buffer) for buffer in buffers)
+    total = sum(map(len, buffers))
     reached = 0
     while reached < total:
         try:
@@ -127,11 +134,15 @@ def _move_all(
         except InterruptedError:
             continue
         except OSError as error:
-            raise as_storage_error(error, what) from error
+            raise as_storage_error(error, _describe(verb, buffers, offset, file)) from error
         if moved == 0:
             break
         reached += moved
     return total - reached
+
+
+def _describe(verb: str, buffers: Sequence[memoryview], offset: int, file: str) -> str:
+    return f"{verb} of {sum(map(len, buffers))} bytes at offset {offset} of {file}"
 
 
 def _skip(buffers: Sequence[memoryview], num_bytes: int) -> Sequence[memoryview]:

@@ -16,6 +16,7 @@ _DATA_FILE = re.compile(r"[0-9a-f]{32}\.(kvseg|kvsession)(\.tmp)?")
 _OWNER_LOCK = re.compile(r"[0-9a-f]{32}\.lock")
 _SHARD = re.compile(r"[0-9a-f]{2}")
 _FOLDERS = ("segments", "sessions", "owners", "quarantine")
+_OF_THE_FILE_SYSTEM = {"lost+found"}
 _TMP = ".tmp"
 _ADMINISTRATOR = 0
 
@@ -81,8 +82,10 @@ class RootPaths:
         """
         try:
             _make_private(self.root)
-            entries = set(os.listdir(self.root))
-            if entries and entries.isdisjoint((*_FOLDERS, self.catalog.name)):
+            entries = set(os.listdir(self.root)) - _OF_THE_FILE_SYSTEM
+            if entries and entries.isdisjoint(
+                (*_FOLDERS, self.catalog.name, self.rebuild_lock.name)
+            ):
                 raise ConfigError(
                     f"{self.root} holds {len(entries)} other files and is no session store; name "
                     "an empty or a new folder"

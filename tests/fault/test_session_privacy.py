@@ -173,6 +173,22 @@ def test_files_of_strangers_are_left_alone(root: Path) -> None:
     assert all(stranger.read_text() == "precious" for stranger in strangers)
 
 
+def test_folder_of_other_files_is_refused_and_left_as_it_is(root: Path) -> None:
+    root.mkdir(mode=0o755)
+    (root / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match="holds 1 other files and is no session store"):
+        _open(root)
+    assert [path.name for path in root.iterdir()] == ["thesis.tex"]
+    assert stat.S_IMODE(root.stat().st_mode) == 0o755
+
+
+def test_new_file_system_may_be_a_root(root: Path) -> None:
+    (root / "lost+found").mkdir(parents=True)
+    with closing(_open(root)) as store:
+        save(store, "a", Recipe(1))
+        assert_clean(store)
+
+
 def test_segment_that_leads_elsewhere_is_a_corrupt_catalog_and_is_rebuilt(
     root: Path, outside: Path
 ) -> None:

@@ -167,8 +167,11 @@ def test_second_store_on_a_root_does_not_take_the_locks_of_the_first(tmp_path: P
 
 
 def test_root_in_use_is_not_rebuilt(tmp_path: Path) -> None:
-    with closing(SessionStore(tmp_path)), pytest.raises(SessionInUse, match="in use by another"):
-        rebuild(tmp_path)
+    with (
+        closing(SessionStore(tmp_path / "root")),
+        pytest.raises(SessionInUse, match="in use by another"),
+    ):
+        rebuild(tmp_path / "root")
 
 
 def test_session_that_is_replaced_while_it_is_opened_is_opened_as_it_is_now(

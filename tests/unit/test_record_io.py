@@ -155,5 +155,7 @@ def test_heads_beyond_the_end_of_the_file_are_corrupt_and_named_by_offset(tmp_pa
     end = file.stat().st_size - kept.fmt.head_bytes // 2
     os.truncate(file, end)
     offset = kept.fmt.record_bytes + PAGE_BYTES + 3 * kept.fmt.head_bytes
-    with pytest.raises(CorruptChunk, match=rf"heads at offset {offset} of .*16384 bytes too early"):
+    with pytest.raises(
+        CorruptChunk, match=rf"read of 32768 bytes at offset {offset} of {file}: .* 16384 bytes too"
+    ):
         kept.read_heads([0, 1], 3, 1)
