@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,18 @@ class Hits:
         """Bool [num_heads, num_hits]: which places hold a token."""
         return self.ids >= 0
 
+    def first(self, counts: Tensor) -> "Hits":
+        """Return the first hits of each head.
+
+        Parameters
+        ----------
+        counts : Tensor, int64 [num_heads]
+        """
+        most = int(counts.max())
+        places = torch.arange(most, device=counts.device)
+        kept = places < counts.unsqueeze(1)
+        return replace(self, ids=torch.where(kept, self.ids[:, :most], NO_TOKEN))
+
 
 class KeyIndex(ABC):
     """An immutable index over a run of tokens of one layer and row, for all its KV heads.
@@ -48,6 +60,12 @@ class KeyIndex(ABC):
     Indexes of consecutive runs are joined with ``join``, so that what was indexed while it grew is
     searched as one. Searching does not change an index: any number of threads may do it.
     """
+
+    learns_from_queries: ClassVar[bool] = False
+    """Whether ``build`` takes ``queries`` such as will be asked."""
+
+    expects_errors: ClassVar[bool] = False
+    """Whether ``expected_errors`` can tell."""
 
     @property
     @abstractmethod
@@ -93,6 +111,16 @@ class KeyIndex(ABC):
         """
 
     @abstractmethod
+    def prefix(self, num_tokens: int) -> Self:
+        """Return the index over the first tokens, with its tensors as views.
+
+        Parameters
+        ----------
+        num_tokens : int
+            Positive; as many as the first parts had of which the index was joined.
+        """
+
+    @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:
         """Return what the index consists of, to be written beside the chunks it summarises."""
 
@@ -123,6 +151,27 @@ class KeyIndex(ABC):
         budget : int
             Tokens per head, at most.
         """
+
+    def expected_errors(self, query: Tensor, hits: Hits) -> Tensor:
+        """Estimate the error of the output for every number of tokens that may be read.
+
+        Parameters
+        ----------
+        query, hits
+            As for ``tail``. The hits are in the order in which they are best read.
+
+        Returns
+        -------
+        Tensor, float32 [num_heads, num_hits + 1]
+            The error of the output relative to its length if only the first ``n`` are read, for the
+            query of the group that suffers most.
+
+        Raises
+        ------
+        ConfigError
+            This method cannot tell; ``expects_errors`` says so before.
+        """
+        raise ConfigError(f"{type(self).__name__} cannot tell how far off an answer is")
 
     def tail(self, query: Tensor, hits: Hits, have: Tensor, values: Tensor) -> Partial | None:
         """Estimate attention over every token that was not read; None if this method cannot.

@@ -50,6 +50,11 @@ class BoundsIndex(KeyIndex):
             Chunking.join([part.chunking for part in parts]),
         )
 
+    def prefix(self, num_tokens: int) -> Self:  # noqa: D102
+        chunking = self.chunking.prefix(num_tokens)
+        count = chunking.num_chunks
+        return type(self)(self.lower[:, :count], self.upper[:, :count], chunking)
+
     @property
     def num_heads(self) -> int:  # noqa: D102
         return self.lower.shape[0]

@@ -43,6 +43,19 @@ class Chunking:
                 runs.append(num_tokens)
         return cls(chunk_tokens, tuple(runs))
 
+    def prefix(self, num_tokens: int) -> Self:
+        """Return how the first tokens are cut."""
+        starts = [sum(self.runs[:i]) for i in range(len(self.runs))]
+        lengths = [
+            min(run, num_tokens - start) for run, start in zip(self.runs, starts, strict=True)
+        ]
+        return type(self)(self.chunk_tokens, tuple(length for length in lengths if length > 0))
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of all runs."""
+        return sum(-(-run // self.chunk_tokens) for run in self.runs)
+
     @property
     def num_tokens(self) -> int:
         """Tokens of all chunks."""

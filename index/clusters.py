@@ -9,6 +9,7 @@ next 23 %, and means are kept in eight bits.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -46,6 +47,17 @@ class Clusters:
     counts: Tensor
     assignment: Tensor
     sizes: tuple[tuple[int, int], ...]
+
+    def prefix(self, num_tokens: int) -> "Clusters":
+        """Return the clusters of the first segments, which have so many tokens."""
+        stops = list(accumulate(tokens for tokens, _ in self.sizes))
+        sizes = self.sizes[: stops.index(num_tokens) + 1]
+        num_clusters = sum(count for _, count in sizes)
+        cut = {
+            name: tensor[:, : num_tokens if name == "assignment" else num_clusters]
+            for name, tensor in self.tensors().items()
+        }
+        return Clusters(**cut, sizes=sizes)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
@@ -144,6 +156,9 @@ class ClusterIndex(KeyIndex):
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:  # noqa: D102
         return cls(join_clusters([part.clusters for part in parts]))
+
+    def prefix(self, num_tokens: int) -> Self:  # noqa: D102
+        return type(self)(self.clusters.prefix(num_tokens))
 
     @property
     def num_heads(self) -> int:  # noqa: D102

@@ -15,7 +15,7 @@ forgotten, as in both.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -71,6 +71,10 @@ class MeanIndex(KeyIndex):
             Chunking.join([part.chunking for part in parts]),
             *agreed([(part.is_cosine, part.representatives) for part in parts]),
         )
+
+    def prefix(self, num_tokens: int) -> Self:  # noqa: D102
+        chunking = self.chunking.prefix(num_tokens)
+        return replace(self, means=self.means[:, : chunking.num_chunks], chunking=chunking)
 
     @property
     def num_heads(self) -> int:  # noqa: D102

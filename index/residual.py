@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from offload.index.base import NO_TOKEN, Hits, KeyIndex, agreed, combine_group, require_finite
 from offload.index.clusters import (
@@ -26,7 +27,13 @@ from offload.index.clusters import (
     to_int8,
 )
 from offload.index.kmeans import cluster_means
-from offload.index.value_codes import ValueCodes, code_values, join_codes, join_values
+from offload.index.value_codes import (
+    ValueCodes,
+    code_values,
+    join_codes,
+    join_values,
+    prefix_codes,
+)
 from offload.kernels.codes import Codes, encode, inner_products, level_norm, noise, rotation
 from offload.types import Partial
 
@@ -63,6 +70,8 @@ class ResidualIndex(KeyIndex):
     spread : Tensor, float16 [num_heads, num_clusters]
         Root mean square of what the coded values miss, in each cluster.
     """
+
+    expects_errors = True
 
     settings: Settings
     clusters: Clusters
@@ -114,6 +123,16 @@ class ResidualIndex(KeyIndex):
             torch.cat([part.spread for part in parts], 1),
         )
 
+    def prefix(self, num_tokens: int) -> Self:  # noqa: D102
+        clusters = self.clusters.prefix(num_tokens)
+        return type(self)(
+            self.settings,
+            clusters,
+            prefix_codes(self.keys, num_tokens),
+            self.values.prefix(num_tokens, len(clusters.sizes)),
+            self.spread[:, : clusters.counts.shape[1]],
+        )
+
     @property
     def num_heads(self) -> int:  # noqa: D102
         return self.clusters.counts.shape[0]
@@ -152,12 +171,33 @@ class ResidualIndex(KeyIndex):
         missed = self.spread.float().gather(1, number).clamp_min(1e-12)
         scores = torch.where(estimate.valid, estimate.shares + missed.log(), -math.inf)
         best = scores.topk(min(budget, scores.shape[1]), dim=1)
+        estimate = replace(estimate, places=best.indices)
         ids = estimate.tokens.gather(1, best.indices)
         scanned = estimate.valid.sum() * (self.keys.bits.shape[-1] + 2)
         means = self.clusters.centroids.numel() + 2 * self.clusters.centroid_scale.numel()
         return Hits(
             torch.where(best.values > -math.inf, ids, NO_TOKEN), int(scanned) + means, estimate
         )
+
+    def expected_errors(self, query: Tensor, hits: Hits) -> Tensor:  # noqa: D102
+        estimate, spread = hits.state, self.spread.float()
+        assert isinstance(estimate, _Estimate)
+        assert estimate.places is not None
+        lse = torch.logaddexp(estimate.logits.logsumexp(-1), estimate.others.logsumexp(-1))
+        tokens = (estimate.logits - lse.unsqueeze(-1)).exp()
+        clusters = (estimate.others - lse.unsqueeze(-1)).exp()
+        number = self.clusters.cluster_of().gather(1, estimate.tokens)
+        # Errors of single tokens are independent, so their squares add up.
+        squares = (tokens * spread.gather(1, number).unsqueeze(1)).square()
+        counts = self.clusters.counts.clamp_min(1)
+        fixed = ((clusters * spread.unsqueeze(1)).square() / counts.unsqueeze(1)).sum(-1)
+        read = squares.gather(2, estimate.places.unsqueeze(1).expand(-1, squares.shape[1], -1))
+        left = squares.sum(-1, keepdim=True) - pad(read.cumsum(-1), (1, 0))
+        weights = clusters.scatter_add(2, number.unsqueeze(1).expand_as(tokens), tokens)
+        length = torch.bmm(weights, self.clusters.means_of_values()).norm(dim=-1, keepdim=True)
+        error = (left.clamp_min(0) + fixed.unsqueeze(-1)).sqrt() / length.clamp_min(1e-12)
+        worst: Tensor = error.amax(1)
+        return worst
 
     def tail(self, query: Tensor, hits: Hits, have: Tensor, values: Tensor) -> Partial | None:  # noqa: D102
         estimate = hits.state
@@ -241,6 +281,8 @@ class _Estimate:
         ``-inf`` where not valid.
     others : Tensor, shape (num_heads, num_queries, num_clusters)
         Log mass of each cluster that was not scanned; ``-inf`` for the others.
+    places : Tensor or None, int64 [num_heads, num_hits]
+        Where the hits are among the scanned tokens.
     """
 
     tokens: Tensor
@@ -248,6 +290,7 @@ class _Estimate:
     shares: Tensor
     logits: Tensor
     others: Tensor
+    places: Tensor | None = None
 
 
 def _rows(means: Tensor, number: Tensor) -> Tensor:

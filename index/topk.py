@@ -7,7 +7,7 @@ read is estimated too: its weights are known exactly, its values by the mean of 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -59,6 +59,11 @@ class TopKIndex(KeyIndex):
             Chunking.join([part.chunking for part in parts]),
             agreed([part.renormalised for part in parts]),
         )
+
+    def prefix(self, num_tokens: int) -> Self:  # noqa: D102
+        chunking = self.chunking.prefix(num_tokens)
+        means = self.value_means[:, : chunking.num_chunks]
+        return replace(self, keys=self.keys[:, :num_tokens], value_means=means, chunking=chunking)
 
     @property
     def num_heads(self) -> int:  # noqa: D102

@@ -30,6 +30,10 @@ class ValueCodes(NamedTuple):
     codes: Codes
     basis: Tensor
 
+    def prefix(self, num_tokens: int, num_segments: int) -> "ValueCodes":
+        """Return the codes of the first segments, which have so many tokens."""
+        return ValueCodes(prefix_codes(self.codes, num_tokens), self.basis[:, :num_segments])
+
     def sum(self, weights: Tensor, segments: Sequence[int]) -> Tensor:
         """Return the weighted sum of the residuals, ``[num_heads, num_queries, value_dim]``.
 
@@ -65,6 +69,11 @@ def code_values(residuals: Tensor) -> ValueCodes:
 def join_codes(parts: Sequence[Codes]) -> Codes:
     """Return the codes of consecutive runs as one."""
     return Codes(torch.cat([p.bits for p in parts], 1), torch.cat([p.scale for p in parts], 1))
+
+
+def prefix_codes(codes: Codes, num_tokens: int) -> Codes:
+    """Return the codes of the first tokens."""
+    return Codes(codes.bits[:, :num_tokens], codes.scale[:, :num_tokens])
 
 
 def join_values(parts: Sequence[ValueCodes]) -> ValueCodes:

@@ -15,6 +15,7 @@ from offload.core import CacheCore
 from offload.errors import ConfigError
 from offload.layers import OffloadedLayer, offloaded
 from offload.masks import MaskLength
+from offload.presets import Preset
 from offload.session_link import SessionLink
 from offload.sessions.listing import SessionInfo
 from offload.sessions.store import SessionStore
@@ -37,11 +38,15 @@ class OffloadedCache(Cache):
     tiers : sequence of str
         Ordered, non-empty subset of ``["gpu", "cpu", "disk"]``. ``"gpu"`` is the device of the
         model, also where that is the CPU.
-    policy : str
+    policy : str or Preset
         ``"exact"``: every query attends to every key. ``"adaptive"``: decoding reads the keys that
-        matter and estimates the others.
+        matter and estimates the others. More in ``docs/retrieval.md``; ``presets.customised``
+        changes what a policy does.
     budget : float or int, optional
         What a sparse policy reads per query: a share of the context, or a number of tokens.
+    error : float, optional
+        Let ``"adaptive"`` read as little as keeps the relative error of nine in ten answers below
+        this; the budget is then the most that it reads.
     capacity : mapping of str to int or str, optional
         Hard limit per tier, such as ``{"gpu": "2GiB", "cpu": "8GiB", "disk": "200GiB"}``. Tiers
         that are not named get a share of what is free, never more than half.
@@ -63,14 +68,17 @@ class OffloadedCache(Cache):
         self,
         tiers: Sequence[str],
         *,
-        policy: str = "exact",
+        policy: str | Preset = "exact",
         budget: float | int | None = None,
+        error: float | None = None,
         capacity: Mapping[str, int | str] | None = None,
         disk_path: str | Path | None = None,
         chunk_tokens: int = 64,
         config: Any = None,
     ) -> None:
-        core = CacheCore(check_settings(tiers, policy, capacity, disk_path, chunk_tokens, budget))
+        core = CacheCore(
+            check_settings(tiers, policy, capacity, disk_path, chunk_tokens, budget, error)
+        )
         self._adopt(core, [])
         if config is not None:
             try:
@@ -229,8 +237,9 @@ class OffloadedCache(Cache):
         *,
         store: SessionStore | str | Path | None = None,
         tiers: Sequence[str] = ("gpu", "cpu", "disk"),
-        policy: str = "exact",
+        policy: str | Preset = "exact",
         budget: float | int | None = None,
+        error: float | None = None,
         capacity: Mapping[str, int | str] | None = None,
         disk_path: str | Path | None = None,
         weights_id: str | None = None,
@@ -246,7 +255,7 @@ class OffloadedCache(Cache):
         model : PreTrainedModel
             The one that the cache is for; it must be equal to the one that filled it.
         store : SessionStore or path, optional
-        tiers, policy, budget, capacity, disk_path
+        tiers, policy, budget, error, capacity, disk_path
             As for the class; ``"disk"`` must be among the tiers.
         weights_id : str, optional
             As for ``save``.
@@ -267,6 +276,7 @@ class OffloadedCache(Cache):
                 tiers,
                 policy=policy,
                 budget=budget,
+                error=error,
                 capacity=capacity,
                 disk_path=disk_path,
                 chunk_tokens=file.layout.chunk_tokens,

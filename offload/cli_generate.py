@@ -2,12 +2,15 @@
 
 import argparse
 import dataclasses
+import io
 import json
+import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO, cast
 
 from rich.console import Console
 
@@ -59,6 +62,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Stream the continuation to standard output, or print it as JSON.
 
+    A reader that leaves early, as ``head`` does, misses the rest; the session does not.
+
     Raises
     ------
     OffloadError
@@ -74,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         "disk_path": args.disk_path,
     }
     with ExitStack() as stack:
+        stack.enter_context(_patient_output())
         session = find_session(args.session, args.root, tiers, stack)
         # The cache comes first: loading a model takes minutes, finding a bad argument should not.
         cache = stack.enter_context(OffloadedCache(**settings, chunk_tokens=args.chunk_tokens))
@@ -180,6 +186,38 @@ def _read_file(name: str) -> str:
         raise ConfigError(f"cannot read prompt file {name!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompt file {name!r} is not UTF-8: {error}") from error
+
+
+class _PatientOutput(io.TextIOBase):
+    """Standard output until its reader leaves, nothing after that."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._pass_on(partial(self._stream.write, text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._pass_on(self._stream.flush)
+
+    def _pass_on(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except BrokenPipeError:
+            # The stream has kept what it could not write, and tries again at exit.
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+@contextmanager
+def _patient_output() -> Iterator[None]:
+    output = _PatientOutput(sys.stdout)
+    with redirect_stdout(cast("TextIO", output)):
+        try:
+            yield
+        finally:
+            output.flush()
 
 
 def _print_stats(generation: Generation) -> None:

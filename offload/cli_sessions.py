@@ -73,8 +73,7 @@ def run(args: argparse.Namespace) -> int:
     """
     _refuse_impossible(args)
     root = args.root if args.makes_root else existing_root(args.root)
-    min_free = 0 if args.min_free == "0" else args.min_free
-    with SessionStore(root, quota=args.quota, min_free=min_free) as store:
+    with SessionStore(root, quota=args.quota, min_free=args.min_free) as store:
         act: _Action = args.act
         return act(store, args)
 
@@ -112,6 +111,8 @@ def _add_files(add: _AddAction) -> None:
     argument("file", metavar="FILE", type=Path)
     argument("--name", metavar="NAME", help="what to call it (default: as it was called)")
     argument("--overwrite", action="store_true", help="replace a session of that name")
+    text = "let other sessions reuse its chunks for the same tokens; only if you trust who made it"
+    argument("--trust-prefixes", action="store_true", help=text)
 
 
 def _refuse_impossible(args: argparse.Namespace) -> None:
@@ -209,7 +210,13 @@ def _export(store: SessionStore, args: argparse.Namespace) -> int:
 def _import(store: SessionStore, args: argparse.Namespace) -> int:
     # Each chunk is verified, and then written.
     with count_progress(f"importing {args.file}", "steps") as progress:
-        report = store.import_(args.file, args.name, progress, overwrite=args.overwrite)
+        report = store.import_(
+            args.file,
+            args.name,
+            progress,
+            overwrite=args.overwrite,
+            trust_prefixes=args.trust_prefixes,
+        )
     said = (
         f"{report.name}: {report.num_tokens:,} tokens, {report.num_chunks} chunks, "
         f"{format_size(report.written_bytes)} written, {report.seconds:.1f} s"

@@ -9,8 +9,7 @@ from typing import Any, Final
 from rich.console import Console, RenderableType
 
 from offload.errors import ConfigError
-from offload.sessions.paths import RootPaths
-from offload.tiers.scratch import default_parent
+from offload.sessions.paths import RootPaths, default_root
 
 _WIDTH_OF_A_PIPE: Final = 500
 """Columns; in a pipe nobody sees a line wrap, but ``grep`` misses what was cut."""
@@ -41,7 +40,7 @@ def existing_root(path: Path | None) -> Path:
     ConfigError
         No store was ever opened there.
     """
-    path = default_parent() / "sessions" if path is None else path.expanduser()
+    path = default_root() if path is None else path.expanduser()
     paths = RootPaths(path.absolute())
     try:
         # Either may have been lost, and fsck is there to say so.

@@ -9,7 +9,7 @@ from offload.errors import CapacityError
 from offload.loader import StagingLoader
 from offload.prefetch.stream import ChunkStream
 from offload.presets import Preset
-from offload.retrieval import Retrieval
+from offload.sparse.retrieval import Retrieval
 from offload.stats import Counters
 from offload.store import ChunkStore
 from offload.tiers.base import Tier

@@ -2,11 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from offload.errors import ConfigError
+from offload.index.base import KeyIndex
+from offload.index.bounds import BoundsIndex
 from offload.index.clusters import ClusterIndex
+from offload.index.mean import MeanIndex
+from offload.index.projection import ProjectionIndex
 from offload.index.residual import ResidualIndex
-from offload.sparse_plan import SparsePlan
+from offload.sparse.head_pattern import HeadPattern, as_streaming_heads
+from offload.sparse.plan import IndexRecipe, SparsePlan
+from offload.sparse.segments import SegmentSizes
 from offload.tiers.eviction import EvictionPolicy, KeepFirst
 
 
@@ -28,42 +36,126 @@ class Preset:
     sparse: SparsePlan | None = None
 
 
+def _over(kind: type[KeyIndex], **options: Any) -> IndexRecipe:
+    return IndexRecipe(kind, options)
+
+
+_no_tail = partial(SparsePlan, has_tail=False)
+
 PRESETS = {
     preset.name: preset
     for preset in (
         Preset("exact", KeepFirst),
-        Preset("adaptive", KeepFirst, SparsePlan(ResidualIndex.build)),
-        Preset("retroinfer", KeepFirst, SparsePlan(ClusterIndex.build, budget=0.018)),
+        Preset("adaptive", KeepFirst, SparsePlan(_over(ResidualIndex))),
+        Preset("retroinfer", KeepFirst, SparsePlan(_over(ClusterIndex), budget=0.018)),
+        Preset(
+            "retrieval_attention",
+            KeepFirst,
+            _no_tail(
+                _over(ProjectionIndex),
+                budget=100,
+                sink_tokens=128,
+                window_tokens=512,
+                sizes=SegmentSizes((131072, 32768, 8192, 1024)),
+                placement="host",
+                kept_queries=4096,
+            ),
+        ),
+        Preset("quest", KeepFirst, _no_tail(_over(BoundsIndex), budget=2048, dense_layers=2)),
+        Preset("rekv", KeepFirst, _no_tail(_over(MeanIndex, is_cosine=True), budget=0.05)),
+        Preset(
+            "infllm",
+            KeepFirst,
+            _no_tail(
+                _over(MeanIndex, chunk_tokens=128, representatives=4),
+                budget=2048,
+                sink_tokens=128,
+                window_tokens=4096,
+            ),
+        ),
+        Preset("streaming", KeepFirst, _no_tail(None, budget=2048)),
     )
 }
 
 
 def find_preset(name: object) -> Preset:
-    """Return a preset by name, or raise ConfigError naming those that exist."""
+    """Return a preset by name, or as it is; raise ConfigError naming those that exist."""
+    if isinstance(name, Preset):
+        return name
     preset = PRESETS.get(name) if isinstance(name, str) else None
     if preset is None:
         raise ConfigError(f"unknown policy {name!r}; known: {', '.join(PRESETS)}")
     return preset
 
 
-def with_budget(preset: Preset, budget: object) -> Preset:
-    """Return a preset that reads so much; None: as much as it does by itself.
+def customised(
+    policy: str | Preset,
+    *,
+    budget: float | int | None = None,
+    error: float | None = None,
+    tail: bool | None = True,
+    dense_layers: int | None = None,
+    streaming_heads: HeadPattern | None = None,
+    sink_tokens: int | None = None,
+    window_tokens: int | None = None,
+) -> Preset:
+    """Return a preset with some of its choices changed, for ``OffloadedCache(policy=...)``.
 
     Parameters
     ----------
-    preset : Preset
-    budget : float, int or None
+    policy : str or Preset
+    budget : float or int, optional
         A share of the context, above 0 and at most 1.0; or a positive number of tokens.
+    error : float, optional
+        Read as little as keeps the relative error of nine in ten answers below this, as far as the
+        self-check can tell; the budget is then the most that is read, a tenth by default. For
+        ``adaptive``.
+    tail : bool or None
+        False or None: forget what is not read instead of estimating it.
+    dense_layers : int, optional
+        Layers from the first that read everything.
+    streaming_heads : optional
+        Heads that attend to sinks and window only: ``[num_layers][num_kv_heads]`` of bool, or a
+        file as ``read_head_pattern`` reads it.
+    sink_tokens, window_tokens : int, optional
+        First and last tokens that are always attended.
 
     Raises
     ------
     ConfigError
-        The preset reads everything, or the budget is none.
+        The preset reads everything, or a value is none.
     """
-    if budget is None:
+    preset = find_preset(policy)
+    counts = {
+        "dense_layers": dense_layers,
+        "sink_tokens": sink_tokens,
+        "window_tokens": window_tokens,
+    }
+    changes: dict[str, Any] = {name: count for name, count in counts.items() if count is not None}
+    for name, count in changes.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ConfigError(f"{name}={count!r} is no number of tokens or layers")
+    if budget is not None:
+        changes["budget"] = _checked_budget(budget)
+    if error is not None:
+        changes |= {"error": _checked_error(error), "budget": changes.get("budget", 0.1)}
+    if streaming_heads is not None:
+        changes["streaming_heads"] = as_streaming_heads(streaming_heads)
+    if not tail:
+        changes["has_tail"] = False
+    if not changes:
         return preset
     if preset.sparse is None:
-        raise ConfigError(f"policy {preset.name!r} reads everything; it takes no budget")
+        raise ConfigError(
+            f"policy {preset.name!r} reads everything; it takes no {' or '.join(changes)}"
+        )
+    recipe = preset.sparse.index
+    if error is not None and (recipe is None or not recipe.kind.expects_errors):
+        raise ConfigError(f"policy {preset.name!r} cannot tell how far off it is; give it a budget")
+    return replace(preset, sparse=replace(preset.sparse, **changes))
+
+
+def _checked_budget(budget: object) -> float | int:
     if (
         isinstance(budget, bool)
         or not isinstance(budget, int | float)
@@ -74,4 +166,10 @@ def with_budget(preset: Preset, budget: object) -> Preset:
             f"budget={budget!r} is neither a share of the context, above 0 and at most 1.0, nor a "
             "positive number of tokens"
         )
-    return replace(preset, sparse=replace(preset.sparse, budget=budget))
+    return budget
+
+
+def _checked_error(error: object) -> float:
+    if isinstance(error, bool) or not isinstance(error, int | float) or not 0 < error < 1:
+        raise ConfigError(f"error={error!r} is no relative error, above 0 and below 1")
+    return float(error)

@@ -10,8 +10,9 @@ from offload.errors import CapacityError
 from offload.exact import AttentionCall, PastChunks, attend
 from offload.index.exact import visible_chunks
 from offload.prefetch.plan import LayerPlan, LoadGroup, plan_layer
-from offload.self_check import ErrorStats
 from offload.sequence import Appended, LayerSequence, check_states
+from offload.sparse.retrieval import Layer
+from offload.sparse.self_check import ErrorStats
 from offload.stats import CacheStats, TierStats
 from offload.tiers.pool import grid_view
 from offload.types import ChunkId, Partial, SlotId
@@ -83,13 +84,17 @@ class Runtime:
         retrieval = self.engine.retrieval
         if retrieval is None:
             return [], range(0)
-        number = list(self.layers).index(index)
-        covered = retrieval.covered(number, call, appended.num_past_chunks)
-        if not covered:
-            return [], covered
-        rows = self.layers[index].tables.rows
-        context = self.layers[index].num_tokens
-        return [retrieval.attend(call, rows, covered, context)], covered
+        sequence = self.layers[index]
+        layer = Layer(
+            id(self),
+            index,
+            list(self.layers).index(index),
+            sequence.tables.version,
+            sequence.tables.rows,
+            appended.num_past_chunks,
+            sequence.num_tokens,
+        )
+        return retrieval.attend(layer, call)
 
     def select(self, index: int, indices: Sequence[int]) -> None:
         """Make row ``i`` of one layer a copy of its row ``indices[i]``.
@@ -141,6 +146,8 @@ class Runtime:
 
     def check_integrity(self) -> None:
         """Raise AssertionError if tiers, table and row lists disagree. Without forks only."""
+        if self.engine.retrieval is not None:
+            self.engine.retrieval.settle()
         self.engine.store.check_integrity()
         table, counted = self.engine.store.table, dict.fromkeys(self.engine.store.table, 0)
         for sequence in self.layers.values():
@@ -159,6 +166,8 @@ class Runtime:
         self._closed = True
         with self.engine.lock:
             try:
+                if self.engine.retrieval is not None:
+                    self.engine.retrieval.forget(id(self))
                 for sequence in self.layers.values():
                     sequence.close()
             finally:

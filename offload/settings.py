@@ -10,7 +10,7 @@ from offload.config import parse_size
 from offload.engine import EngineConfig
 from offload.errors import ConfigError
 from offload.machine import default_capacities, survey
-from offload.presets import find_preset, with_budget
+from offload.presets import Preset, customised
 from offload.tiers.scratch import ScratchDir, default_parent
 
 TIERS = ("gpu", "cpu", "disk")
@@ -60,11 +60,12 @@ def check_capacity(
 
 def check_settings(
     tiers: object,
-    policy: str,
+    policy: str | Preset,
     capacity: Mapping[str, int | str] | None,
     disk_path: str | Path | None,
     chunk_tokens: object,
-    budget: object = None,
+    budget: float | int | None = None,
+    error: float | None = None,
 ) -> EngineConfig:
     """Turn the arguments of ``OffloadedCache`` into an engine's configuration.
 
@@ -77,7 +78,7 @@ def check_settings(
         Says what was given and what would do.
     """
     names = check_tiers(tiers)
-    preset = with_budget(find_preset(policy), budget)
+    preset = customised(policy, budget=budget, error=error)
     tokens = check_chunk_tokens(chunk_tokens)
     if disk_path is not None and "disk" not in names:
         raise ConfigError(f"disk_path={str(disk_path)!r} needs the tier 'disk'; tiers: {names}")

@@ -2,6 +2,8 @@
 
 import ctypes
 import errno
+import functools
+from collections.abc import Callable
 
 _KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02
 
@@ -28,9 +30,17 @@ def reserve(fd: int, num_bytes: int) -> int:
 
 
 def _fallocate(fd: int, mode: int, offset: int, num_bytes: int) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)  # Python offers no fallocate(2) with a mode
-    call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
+    call = _find_fallocate()
     if call is None:
         return errno.ENOSYS
-    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     return 0 if call(fd, mode, offset, num_bytes) == 0 else ctypes.get_errno()
+
+
+@functools.cache
+def _find_fallocate() -> Callable[[int, int, int, int], int] | None:
+    """Return fallocate(2), which Python offers without its modes only; None if there is none."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
+    if call is not None:
+        call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return call

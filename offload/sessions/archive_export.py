@@ -1,10 +1,9 @@
 """Export a session: everything it needs, in one file that stands alone."""
 
 import os
-import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +12,7 @@ import numpy as np
 import zstandard
 from torch import Tensor
 
-from offload.errors import ConfigError, DiskFull, OffloadError
+from offload.errors import ConfigError
 from offload.sessions.archive_check import check_description
 from offload.sessions.archive_format import (
     END,
@@ -25,14 +24,12 @@ from offload.sessions.archive_format import (
     record_names,
 )
 from offload.sessions.archive_source import RecordSource
+from offload.sessions.new_file import new_file
 from offload.sessions.opening import open_session
 from offload.sessions.root import Root
 from offload.tiers.codec import LEVEL, gains, shuffle
 from offload.tiers.record import RecordFormat, digest_heads, pack_header
-from offload.tiers.syscalls import as_storage_error
 from offload.types import ChunkInfo
-
-_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +65,8 @@ def export_session(
 ) -> ExportReport:
     """Write a session, with every chunk that it needs, to a new file for the user only.
 
-    The file appears when it is complete. Every record is verified as it is read; one that is
+    The file appears when it is complete; what exports to that folder have left that were killed is
+    removed. Every record is verified as it is read; one that is
     damaged goes into quarantine, and ends the export.
 
     Parameters
@@ -98,7 +96,7 @@ def export_session(
         check_description(session, f"session {name!r}")
         sizes = (len(session), len(file.layers), source.num_blocks, source.fmt.payload_bytes)
         manifest = Manifest(*sizes)
-        with _new_file(path, sync=root.syncs) as out:
+        with new_file(path, sync=root.syncs) as out:
             archive = _Archive(out, manifest)
             archive.add(MANIFEST, manifest.pack())
             archive.add(SESSION, session)
@@ -176,27 +174,3 @@ def _refuse_target(root: Root, path: Path, overwrite: bool) -> None:
         raise ConfigError(f"cannot write {path}: it is a folder")
     if is_taken and not overwrite:
         raise ConfigError(f"{path} exists; overwrite replaces it")
-
-
-@contextmanager
-def _new_file(path: Path, *, sync: bool) -> Iterator[BinaryIO]:
-    """Open a file that gets its name when the block ends well, and is gone if it does not."""
-    unfinished = path.with_name(f".kv-export-{secrets.token_hex(8)}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        fd = os.open(unfinished, flags, 0o600)
-    except OSError as error:
-        failure = as_storage_error(error, f"cannot write in {path.parent}")
-        raise failure if isinstance(failure, DiskFull) else ConfigError(str(failure)) from error
-    try:
-        with open(fd, "wb", buffering=_BUFFER_BYTES) as file:
-            yield file
-            file.flush()
-            if sync:
-                os.fsync(fd)
-        os.replace(unfinished, path)
-    except BaseException as error:
-        unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not isinstance(error, OffloadError):
-            raise as_storage_error(error, f"export to {path}") from error
-        raise

@@ -16,6 +16,7 @@ from offload.sessions.names import check_name
 from offload.sessions.root import Root
 from offload.sessions.saving import Content, save
 from offload.sessions.session_file import MAX_BYTES, TOKENS, SessionFile
+from offload.sessions.session_rows import refuse_taken
 
 _SESSION_COPIES = 8
 """The session's file, its parts, its tensors and blocks, and the new file."""
@@ -55,13 +56,14 @@ def import_session(
     progress: Callable[[int, int], object],
     *,
     overwrite: bool = False,
+    trust_prefixes: bool = False,
 ) -> ImportReport:
     """Save the session of an archive; it is neither pinned nor does it expire.
 
     The archive is read twice. Only when all of it has been verified is anything reserved, evicted
     or written; the second time each record is verified again. Every digest being right says that
-    the archive is as it was made, not that who made it told the truth: with token ids, its chunks
-    become known prefixes, for every session of that namespace.
+    the archive is as it was made, not that who made it told the truth about its tokens: so no
+    prefix finds its chunks, nor those of sessions that go on with it, unless it is trusted.
 
     Parameters
     ----------
@@ -73,6 +75,9 @@ def import_session(
         Told steps done and steps in all, two for each chunk.
     overwrite : bool
         Replace a session of that name.
+    trust_prefixes : bool
+        Let its tokens find its chunks, for every session of that namespace; chunks that the root
+        has for the same tokens are not written again.
 
     Raises
     ------
@@ -102,10 +107,11 @@ def import_session(
         saved = save(
             root,
             name,
-            _content(reader, file),
+            _content(reader, file, is_foreign=not trust_prefixes),
             expires_at=None,
             is_pinned=False,
             progress=lambda done, missing: progress(total - missing + done, total),
+            may_replace=overwrite,
         )
         saved.held.release()
         if not saved.written_bytes:
@@ -120,7 +126,7 @@ def import_session(
     )
 
 
-def _content(reader: ArchiveReader, file: SessionFile) -> Content:
+def _content(reader: ArchiveReader, file: SessionFile, *, is_foreign: bool) -> Content:
     """Name the chunks by the numbers of their records."""
     blocks = distinct_blocks(file)
     stop = len(blocks) * len(file.layers)
@@ -136,12 +142,15 @@ def _content(reader: ArchiveReader, file: SessionFile) -> Content:
         tensors={name: tensor for name, tensor in file.tensors.items() if name != TOKENS},
         state=file.state,
         known={},
+        is_foreign=is_foreign,
     )
 
 
 def _refuse_taken(root: Root, name: str, overwrite: bool) -> None:
-    if root.find(check_name(name)) is not None and not overwrite:
-        raise ConfigError(f"there is a session {name!r} already; overwrite replaces it")
+    check_name(name)
+    if not overwrite:
+        with root.catalog.transaction() as db:
+            refuse_taken(db, name)
 
 
 def _refuse_too_large(root: Root, manifest: Manifest, path: Path) -> None:

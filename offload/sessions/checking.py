@@ -39,11 +39,14 @@ class BadRecord:
     path : Path
     index : int
     reason : str
+    was_known : bool
+        It was in quarantine before.
     """
 
     path: Path
     index: int
     reason: str
+    was_known: bool = False
 
 
 def expected_records(
@@ -122,7 +125,7 @@ class RecordChecker:
                     try:
                         self._read([(index, info)], buffers)
                     except StorageError as error:
-                        if not _is_damage(error):
+                        if not is_damage(error):
                             raise
                         yield BadRecord(self._path, index, str(error))
             progress(len(part))
@@ -159,6 +162,6 @@ class RecordChecker:
         ]
 
 
-def _is_damage(error: StorageError) -> bool:
-    """Whether an error says something about the record, and not about this process."""
+def is_damage(error: StorageError) -> bool:
+    """Whether an error says something about a record or file, and not about this process."""
     return isinstance(error, CorruptChunk) or error.errno in (EIO, ENOENT)

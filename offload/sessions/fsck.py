@@ -1,24 +1,31 @@
 """Check a whole root: every session file, every record, every byte that is accounted for."""
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from itertools import zip_longest
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from offload.errors import CorruptCatalog, StorageError
+from offload.errors import CorruptCatalog, CorruptChunk, StorageError
 from offload.sessions.checking import (
     BadRecord,
     Expected,
     RecordChecker,
     Records,
     expected_records,
+    is_damage,
 )
-from offload.sessions.garbage import collect, forget_session
+from offload.sessions.cross_check import (
+    difference,
+    identities,
+    is_listed,
+    name_of,
+    row_errors,
+)
+from offload.sessions.garbage import collect
 from offload.sessions.paths import allocated_bytes, remove
-from offload.sessions.quarantine import quarantine_file, quarantine_records
+from offload.sessions.quarantine import quarantine_records
+from offload.sessions.repairing import restore_row, set_session_aside
 from offload.sessions.root import Root
-from offload.sessions.schema import check_row
 from offload.sessions.session_file import SessionFile, read_session_file, renamed
 from offload.tiers.io_engine import IoEngine
 from offload.tiers.record import RecordFormat
@@ -40,12 +47,17 @@ class FsckReport:
     num_bytes : int
         Read and compared with checksums.
     bad_records : list of BadRecord
+        Those that were quarantined before say so.
     bad_sessions : dict of str to str
         Name to what is wrong with the session's own file.
+    bad_rows : dict of str to str
+        Identity to what is wrong with the session's row in the catalog; its file is good.
+    restored : list of str
+        Names of the sessions among these whose rows were made again.
     orphans : list of Path
-        Files that the catalog does not know.
+        Files that the catalog does not know; none if it is damaged, and may have known them.
     catalog_errors : list of str
-        What SQLite says of the catalog.
+        What SQLite says of the catalog, and what else is wrong with it, ``bad_rows`` included.
     accounted_bytes, physical_bytes : int
         Of segments and session files: what the catalog counts, and what they take up.
     seconds : float
@@ -58,6 +70,8 @@ class FsckReport:
     num_bytes: int = 0
     bad_records: list[BadRecord] = field(default_factory=list)
     bad_sessions: dict[str, str] = field(default_factory=dict)
+    bad_rows: dict[str, str] = field(default_factory=dict)
+    restored: list[str] = field(default_factory=list)
     orphans: list[Path] = field(default_factory=list)
     catalog_errors: list[str] = field(default_factory=list)
     accounted_bytes: int = 0
@@ -70,6 +84,11 @@ class FsckReport:
         """Whether nothing was found."""
         return not (self.bad_records or self.bad_sessions or self.orphans or self.catalog_errors)
 
+    @property
+    def new_records(self) -> list[BadRecord]:
+        """Bad records that were not in quarantine before."""
+        return [record for record in self.bad_records if not record.was_known]
+
 
 def fsck(root: Root, *, repair: bool = False, progress: Progress | None = None) -> FsckReport:
     """Verify everything in a root; others may go on using it.
@@ -78,8 +97,9 @@ def fsck(root: Root, *, repair: bool = False, progress: Progress | None = None) 
     ----------
     root : Root
     repair : bool
-        Quarantine damaged records and session files, remove orphans. What is left of a damaged
-        session is a prefix that its tokens still find.
+        Quarantine damaged records and session files, make damaged rows again from the files of
+        their sessions, remove orphans. What is left of a damaged session is a prefix that its
+        tokens still find.
     progress : callable, optional
 
     Raises
@@ -95,12 +115,13 @@ def fsck(root: Root, *, repair: bool = False, progress: Progress | None = None) 
         for (message,) in root.catalog.rows("PRAGMA integrity_check")
         if message != "ok"
     ]
-    _check_rows(root, report)
+    report.catalog_errors += row_errors(root)
     files = _session_files(root, report)
     check_sessions(root, files, report, progress or (lambda done, total: None))
     _account(root, found, report)
     if repair:
         _repair(root, report)
+    report.catalog_errors += report.bad_rows.values()
     report.seconds = time.perf_counter() - started
     return report
 
@@ -130,74 +151,65 @@ def check_sessions(
         for (segment, fmt), records in sorted(expected.items(), key=lambda item: item[0][0]):
             checker = RecordChecker(root.paths.segment(segment), fmt, engine, root.deadline_s)
             todo: list[Expected] = sorted(records.items())
-            bad = list(checker.check(todo, advance))
-            report.bad_records += [record for record in bad if _is_needed(root, segment, record)]
+            report.bad_records += _still_needed(root, checker.check(todo, advance))
             report.num_bytes += len(todo) * fmt.record_bytes
     finally:
         engine.close()
 
 
-def _is_needed(root: Root, segment: str, record: BadRecord) -> bool:
-    rows = root.catalog.rows(
-        "SELECT 1 FROM segments s JOIN blocks b ON b.segment = s.id "
-        "WHERE s.name = ? AND b.position = ? % s.num_positions",
-        segment,
-        record.index,
-    )
-    return bool(rows)
-
-
-def _check_rows(root: Root, report: FsckReport) -> None:
-    """Verify the checksums of rows, but for those of sessions, which are next."""
-    for table, query in (
-        ("meta", "SELECT * FROM meta"),
-        (
-            "segments",
-            "SELECT name, namespace, num_layers, num_positions, record_bytes, used_bytes, checksum "
-            "FROM segments",
-        ),
-    ):
-        for row in root.catalog.rows(query):
-            try:
-                check_row(table, row[:-1], row[-1])
-            except CorruptCatalog as error:
-                report.catalog_errors.append(str(error))
+def _still_needed(root: Root, found: Iterable[BadRecord]) -> Iterator[BadRecord]:
+    """Yield the bad records that some session has, and say which were set aside before."""
+    for record in found:
+        rows = root.catalog.rows(
+            "SELECT b.is_bad FROM segments s JOIN blocks b ON b.segment = s.id "
+            "WHERE s.name = ? AND b.position = ? % s.num_positions",
+            record.path.stem,
+            record.index,
+        )
+        if any(is_bad for (is_bad,) in rows):
+            yield replace(record, reason=f"already quarantined: {record.reason}", was_known=True)
+        elif rows:
+            yield record
 
 
 def _session_files(root: Root, report: FsckReport) -> list[SessionFile]:
     """Return what the files of all sessions say, but for their tensors."""
-    files = []
-    for identity, name in root.catalog.rows("SELECT id, name FROM sessions"):
-        report.num_sessions += 1
-        try:
-            root.find(name)  # verifies the row
-            file = read_session_file(root.paths.session(identity))
-            if file.identity != identity:
-                raise CorruptCatalog(f"the file of session {identity} is that of {file.identity}")
-            difference = _difference(root, file)
-        except StorageError as error:
-            if root.find(name) == identity:  # else it was deleted meanwhile
-                report.bad_sessions[str(name)] = str(error)
-        else:
-            if difference is not None and root.find(name) == identity:
-                report.catalog_errors.append(f"session {name!r}: {difference}")
-            files.append(renamed(file, tensors={}))
-    return files
+    found, others = identities(root)
+    report.catalog_errors += [f"a session has the identity {other!r}" for other in others]
+    report.num_sessions += len(found)
+    files = [_session_file(root, identity, report) for identity in found]
+    return [file for file in files if file is not None]
 
 
-def _difference(root: Root, file: SessionFile) -> str | None:
-    """Say where the catalog and the file of a session disagree."""
-    rows = root.catalog.rows(
-        "SELECT s.name, b.position FROM session_blocks m JOIN blocks b ON b.id = m.block "
-        "JOIN segments s ON s.id = b.segment WHERE m.session = ? ORDER BY m.number",
-        file.identity,
-    )
-    expected = [(ref.segment, ref.position) for row in file.rows for ref in row]
-    if rows == expected:
+def _session_file(root: Root, identity: str, report: FsckReport) -> SessionFile | None:
+    """Return what the file of a session says, but for its tensors; None if it is bad or gone."""
+    name, damage = identity, ""
+    try:
+        name = name_of(root, identity)
+    except CorruptCatalog as error:
+        damage = str(error)
+    try:
+        file = read_session_file(root.paths.session(identity))
+        if file.identity != identity:
+            raise CorruptChunk(f"the file of session {identity} is that of {file.identity}")
+    except StorageError as error:
+        if not is_damage(error):
+            raise
+        if damage:
+            # The identity may be what is wrong with the row: nothing says whose file is missing.
+            report.catalog_errors.append(f"session {identity}: {damage}; {error}")
+        elif is_listed(root, identity):  # else it was deleted meanwhile
+            report.bad_sessions[name] = str(error)
         return None
-    pairs = enumerate(zip_longest(expected, rows))
-    number, (want, got) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
-    return f"chunk {number} lies at {want} by its file, at {got} by the catalog"
+    if damage:
+        report.bad_rows[identity] = f"session {file.name!r}: {damage}"
+    try:
+        contradiction = difference(root, file)
+    except CorruptCatalog as error:
+        contradiction = str(error)
+    if contradiction is not None and is_listed(root, identity):
+        report.catalog_errors.append(f"session {file.name!r}: {contradiction}")
+    return renamed(file, tensors={})
 
 
 def _account(root: Root, found: list[Path], report: FsckReport) -> None:
@@ -209,16 +221,14 @@ def _account(root: Root, found: list[Path], report: FsckReport) -> None:
             f"SELECT {'name' if table == 'segments' else 'segment'} FROM {table}"
         )
     }
-    for query in (
-        "SELECT id FROM sessions",
-        "SELECT session FROM reservations",
-        "SELECT id FROM garbage_sessions",
-    ):
+    known |= {root.paths.session(identity) for identity in identities(root)[0]}
+    for query in ("SELECT session FROM reservations", "SELECT id FROM garbage_sessions"):
         known |= {root.paths.session(identity) for (identity,) in root.catalog.rows(query)}
     under_way = {path.name for path in known}
     for path in found:
         is_known = path in known or path.name.removesuffix(".tmp") in under_way
-        if not is_known and path.exists():
+        # A damaged catalog may have known it: that a rebuild finds out.
+        if not (is_known or report.catalog_errors) and path.exists():
             report.orphans.append(path)
         report.physical_bytes += allocated_bytes(path)
     [[segments, files]] = root.catalog.rows(
@@ -229,13 +239,12 @@ def _account(root: Root, found: list[Path], report: FsckReport) -> None:
 
 
 def _repair(root: Root, report: FsckReport) -> None:
-    quarantine_records(root.catalog, root.paths, report.bad_records)
+    quarantine_records(root.catalog, root.paths, report.new_records)
     for name in report.bad_sessions:
-        with root.catalog.transaction() as db:
-            row = db.execute("SELECT id FROM sessions WHERE name = ?", (name,)).fetchone()
-            if row is not None:
-                quarantine_file(root.paths, root.paths.session(row[0]))
-                forget_session(db, row[0])
+        set_session_aside(root, name)
+    if not report.catalog_errors:
+        restored = [restore_row(root, identity) for identity in report.bad_rows]
+        report.restored = [name for name in restored if name is not None]
     for path in report.orphans:
         remove(path)
     collect(root.catalog, root.paths)

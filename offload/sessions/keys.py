@@ -42,6 +42,24 @@ def random_key() -> bytes:
     return secrets.token_bytes(KEY_BYTES)
 
 
+def foreign_key() -> bytes:
+    """Return a key for a chunk that a stranger made; nothing can look it up, whatever its tokens.
+
+    It tells wherever it is copied: its second half follows from the first, which is random.
+    """
+    start = secrets.token_bytes(KEY_BYTES // 2)
+    return start + _foreign_end(start)
+
+
+def is_foreign(key: bytes) -> bool:
+    """Whether ``foreign_key`` has made a key."""
+    return key[KEY_BYTES // 2 :] == _foreign_end(key[: KEY_BYTES // 2])
+
+
 def record_id(key: bytes) -> int:
     """Return the part of a key that the record itself carries as its chunk id."""
     return int.from_bytes(key[:8], "little")
+
+
+def _foreign_end(start: bytes) -> bytes:
+    return hashlib.blake2b(start, digest_size=KEY_BYTES // 2, person=b"foreign").digest()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offload.errors import ConfigError, CorruptCatalog
+from offload.tiers.scratch import default_parent
 from offload.tiers.syscalls import as_storage_error
 
 _IDENTITY = re.compile(r"[0-9a-f]{32}")
@@ -19,6 +20,22 @@ _FOLDERS = ("segments", "sessions", "owners", "quarantine")
 _OF_THE_FILE_SYSTEM = {"lost+found"}
 _TMP = ".tmp"
 _ADMINISTRATOR = 0
+
+
+def default_root() -> Path:
+    """Return where sessions are kept unless told otherwise: ``sessions`` in the cache folder.
+
+    Raises
+    ------
+    ConfigError
+        The user has no home folder.
+    """
+    return default_parent() / "sessions"
+
+
+def is_identity(value: str) -> bool:
+    """Whether a text is one that ``new_id`` could have made."""
+    return _IDENTITY.fullmatch(value) is not None
 
 
 def new_id() -> str:

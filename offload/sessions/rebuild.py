@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from offload.errors import OffloadError, StorageError
+from offload.errors import CorruptChunk, OffloadError, StorageError
 from offload.sessions import blocks
 from offload.sessions.catalog import (
     Catalog,
@@ -19,6 +19,7 @@ from offload.sessions.catalog import (
     remove_catalog,
     set_meta,
 )
+from offload.sessions.checking import is_damage
 from offload.sessions.garbage import collect, write_used_bytes
 from offload.sessions.namespace import layout_text
 from offload.sessions.owners import is_alive
@@ -140,9 +141,11 @@ def _read_sessions(
         try:
             file = read_session_file(path)
             if path != paths.session(file.identity):
-                raise StorageError(f"{path} says that it is session {file.identity}")
+                raise CorruptChunk(f"{path} says that it is session {file.identity}")
             _check_segments(paths, file)
         except StorageError as error:
+            if not is_damage(error):
+                raise
             report.set_aside[path] = str(error)
         else:
             other = newest.get(file.name)
@@ -161,7 +164,7 @@ def _check_segments(paths: RootPaths, file: SessionFile) -> None:
         path, expected = paths.segment(name), num_layers * num_positions * size
         found = path.stat().st_size if path.exists() else 0
         if found != expected:
-            raise StorageError(
+            raise CorruptChunk(
                 f"session {file.name!r} needs {expected} bytes of segment {name}, which has {found}"
             )
 

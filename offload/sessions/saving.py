@@ -12,15 +12,15 @@ from torch import Tensor
 from offload.errors import DiskFull, StorageError
 from offload.sessions import blocks
 from offload.sessions.garbage import forget_session, try_collect
-from offload.sessions.keys import chain_keys, random_key, record_id
+from offload.sessions.keys import chain_keys, foreign_key, is_foreign, random_key, record_id
 from offload.sessions.leases import add_lease, discard_unpublished, drop_lease
 from offload.sessions.namespace import Namespace, layout_text
 from offload.sessions.opening import Held
 from offload.sessions.paths import make_shard, new_id, publish, temporary
 from offload.sessions.root import Root
-from offload.sessions.schema import checksum
 from offload.sessions.segment_writer import SegmentWriter
 from offload.sessions.session_file import BlockRef, SessionFile, write_packed
+from offload.sessions.session_rows import insert_row, refuse_taken
 from offload.tiers.record import RecordFormat
 from offload.tiers.transfer import Transfer
 from offload.types import ChunkInfo, ChunkLayout, round_up
@@ -55,6 +55,9 @@ class Content:
         See ``SessionFile``.
     known : mapping of Column to BlockRef
         Chunks that came from this store, or were saved to it before.
+    is_foreign : bool
+        A stranger says that these are the keys and values of the tokens: no prefix finds them. What
+        is added to foreign chunks is foreign too.
     """
 
     namespace: Namespace
@@ -67,6 +70,7 @@ class Content:
     tensors: Mapping[str, Tensor]
     state: Mapping[str, Any]
     known: Mapping[Column, BlockRef]
+    is_foreign: bool = False
 
 
 @dataclass(slots=True)
@@ -109,6 +113,7 @@ def save(
     expires_at: float | None,
     is_pinned: bool,
     progress: Callable[[int, int], object],
+    may_replace: bool = True,
 ) -> Saved:
     """Write what the store does not have yet, then publish the session under its name.
 
@@ -124,9 +129,13 @@ def save(
     is_pinned : bool
     progress : callable
         Told chunks written and chunks to write.
+    may_replace : bool
+        Whether a session of that name may be replaced.
 
     Raises
     ------
+    ConfigError
+        The name is taken, and the session may not be replaced.
     DiskFull, StorageError, CorruptChunk, TransferTimeout
     """
     identity, plan = new_id(), _Plan({}, new_id())
@@ -144,6 +153,8 @@ def save(
         file_bytes = write_packed(temporary(path), packed, sync=root.syncs)
         publish(path, durable=root.is_strict)
         with root.catalog.transaction() as db:
+            if not may_replace:
+                refuse_taken(db, name)
             _publish(db, file, plan, content, fmt.record_bytes, file_bytes)
             drop_lease(db, plan.lease)
             segments = blocks.segment_ids(db, file.segments).values()
@@ -155,16 +166,17 @@ def save(
 
 def _fill_plan(plan: _Plan, root: Root, content: Content) -> None:
     """Find out what the store has already, and keep that in place."""
-    has_tokens = content.token_ids is not None
+    is_tainted = _is_tainted(content)
+    make_key = foreign_key if is_tainted else random_key
     by_key: dict[bytes, BlockRef] = {}
     with root.catalog.transaction() as db:
         for row, columns in enumerate(content.rows):
-            keys = _row_keys(content, row)
+            keys = [] if is_tainted else _row_keys(content, row)
             for position, column in enumerate(columns):
                 if column in plan.refs:
                     continue
-                key = keys[position] if has_tokens else random_key()
-                ref = by_key.get(key) or _existing(db, content, column, key)
+                key = keys[position] if keys else make_key()
+                ref = by_key.get(key) or _existing(db, content.known.get(column), key, bool(keys))
                 if ref is None:
                     ref = BlockRef(plan.segment, len(plan.new), key)
                     plan.new.append((column, position, key))
@@ -179,13 +191,18 @@ def _fill_plan(plan: _Plan, root: Root, content: Content) -> None:
         plan.shapes[plan.segment] = (len(content.layers), len(plan.new))
 
 
+def _is_tainted(content: Content) -> bool:
+    """Whether some of the chunks are a stranger's, and the others follow from them."""
+    known = (content.known.get(column) for row in content.rows for column in row)
+    return content.is_foreign or any(ref is not None and is_foreign(ref.key) for ref in known)
+
+
 def _existing(
-    db: sqlite3.Connection, content: Content, column: Column, key: bytes
+    db: sqlite3.Connection, known: BlockRef | None, key: bytes, is_found_by_key: bool
 ) -> BlockRef | None:
-    known = content.known.get(column)
     # With tokens a chunk that was saved without is written again, under the key that finds it.
-    is_named = known is not None and (content.token_ids is None or known.key == key)
-    if known is not None and is_named and blocks.is_kept(db, known):
+    is_same = known is not None and (known.key == key or not is_found_by_key)
+    if known is not None and is_same and blocks.is_kept(db, known):
         return known
     place = blocks.find_by_key(db, key)
     return None if place is None else BlockRef(*place, key)
@@ -303,22 +320,7 @@ def add_session(
     blocks.link_blocks(db, file.identity, block_ids)
     for (old,) in db.execute("SELECT id FROM sessions WHERE name = ?", (file.name,)).fetchall():
         forget_session(db, old)
-    values = (
-        file.identity,
-        file.name,
-        file.namespace.digest,
-        file.num_tokens,
-        len(file.rows),
-        file.num_chunks,
-        file_bytes,
-        file.created_at,
-        file.expires_at,
-        int(file.is_pinned),
-    )
-    db.execute(
-        "INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (*values, time.time(), checksum(*values)),
-    )
+    insert_row(db, file, file_bytes)
 
 
 def _kept_block(db: sqlite3.Connection, ref: BlockRef) -> int:

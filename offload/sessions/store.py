@@ -22,6 +22,7 @@ from offload.sessions.ledger import Usage
 from offload.sessions.listing import SessionInfo, list_sessions
 from offload.sessions.names import check_name, expiry
 from offload.sessions.opening import Held
+from offload.sessions.paths import default_root
 from offload.sessions.quarantine import quarantine_records
 from offload.sessions.rebuild import rebuild
 from offload.sessions.root import Root
@@ -30,7 +31,6 @@ from offload.sessions.schema import check_session_row
 from offload.sessions.session_file import SessionFile
 from offload.tiers.io_engine import IoEngine
 from offload.tiers.record import RecordFormat
-from offload.tiers.scratch import default_parent
 from offload.types import ChunkLayout
 
 _LOG = logging.getLogger(__name__)
@@ -49,6 +49,11 @@ def _silent(done: int, total: int) -> None:
     return
 
 
+def _parse_floor(size: int | str) -> int:
+    # A limit of nothing is refused as a slip; no floor is a choice.
+    return 0 if str(size).strip() == "0" else parse_size(size)
+
+
 class SessionStore:
     """Saved sessions below one root folder.
 
@@ -64,7 +69,7 @@ class SessionStore:
         Hard limit of all that is below the root, such as ``"200GiB"``, for all processes and until
         it is set again. A new root gets half of what is free.
     min_free : int or str, optional
-        What is to stay free on the device; 1 GiB on a new root.
+        What is to stay free on the device; 0 or ``"0"``: nothing. 1 GiB on a new root.
     durability : {"none", "relaxed", "strict"}
         What survives a power cut: perhaps the session saved last but never a wrong one
         (``none``), its content if the catalog was written (``relaxed``), or every session whose
@@ -91,8 +96,8 @@ class SessionStore:
         deadline_s: float = 120.0,
     ) -> None:
         quota_bytes = None if quota is None else parse_size(quota)
-        min_free_bytes = parse_size(min_free) if min_free else None if min_free is None else 0
-        path = default_parent() / "sessions" if root is None else Path(root)
+        min_free_bytes = None if min_free is None else _parse_floor(min_free)
+        path = default_root() if root is None else Path(root)
         self.salt = salt
         try:
             self._root = Root(path, durability, deadline_s)
@@ -192,7 +197,7 @@ class SessionStore:
         started = time.perf_counter()
         report = fsck.FsckReport(num_sessions=1)
         fsck.check_sessions(self._root, [self.describe(name)], report, progress)
-        self.quarantine(report.bad_records)
+        self.quarantine(report.new_records)
         report.seconds = time.perf_counter() - started
         return report
 
@@ -237,10 +242,18 @@ class SessionStore:
         progress: Progress = _silent,
         *,
         overwrite: bool = False,
+        trust_prefixes: bool = False,
     ) -> ImportReport:
         """Save the session that ``export`` wrote to a file; see ``import_session``."""
         self._remove_expired()  # their names are free
-        return import_session(self._root, Path(path), name, progress, overwrite=overwrite)
+        return import_session(
+            self._root,
+            Path(path),
+            name,
+            progress,
+            overwrite=overwrite,
+            trust_prefixes=trust_prefixes,
+        )
 
     def open(self, name: str) -> tuple[SessionFile, Held]:
         """Open a session and hold its chunks in place; see ``OffloadedCache.load``."""

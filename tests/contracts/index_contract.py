@@ -129,6 +129,16 @@ class IndexContract(ABC):
         query = random_rows(2, 2, 64, seed=1)
         assert torch.equal(at_once.search(query, 50).ids, by_turns.search(query, 50).ids)
 
+    @pytest.mark.parametrize("num_parts", [1, 2, 3])
+    def test_prefix_is_the_join_of_the_first_parts(self, num_parts: int) -> None:
+        parts = [self.build(random_rows(2, n, 64), random_rows(2, n, 64)) for n in (70, 33, 128)]
+        first = type(parts[0]).join(parts[:num_parts])
+        prefix = type(parts[0]).join(parts).prefix(first.num_tokens)
+        assert prefix.num_tokens == first.num_tokens
+        assert prefix.meta() == first.meta()
+        for name, tensor in first.tensors().items():
+            assert torch.equal(tensor, prefix.tensors()[name]), name
+
     @pytest.mark.parametrize("needle", [0, 69, 70, 102, 103, 230])
     def test_needle_in_joined_ragged_runs_is_found(self, needle: int) -> None:
         query = random_rows(2, 1, 64, seed=1)

@@ -4,6 +4,7 @@ After each fault: what was saved before is intact, what failed has left nothing 
 store works again once the disk does.
 """
 
+import ctypes
 import errno
 import functools
 import os
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from offload import CapacityError, ConfigError, DiskFull, StorageError
 from offload.sessions.store import SessionStore
+from offload.tiers import punch
 from offload.tiers.record_io import RecordIo
 from offload.tiers.transfer import Transfer
 from tests.support.ballast import Ballast, read_only
@@ -273,3 +275,42 @@ def test_cache_saved_to_a_full_disk_can_be_used_on_and_saved_when_there_is_room(
         check_continues(cache, plain_after(ids), num_new=2)
         ballast.drop()
         assert cache.save("a", store=store).num_tokens == 62
+
+
+@pytest.mark.parametrize("floor", [0, "0"])
+def test_floor_of_nothing_lets_the_device_fill_up(mounted: Path, floor: int | str) -> None:
+    SessionStore(mounted / "root", quota="64MiB", min_free="1GiB").close()
+    with closing(SessionStore(mounted / "root")) as store:
+        with pytest.raises(DiskFull, match="1 GiB are to stay free"):
+            save(store, "a", _NEW)
+        assert store.usage().min_free_bytes == 1 << 30
+    with closing(SessionStore(mounted / "root", min_free=floor)) as store:
+        assert store.usage().min_free_bytes == 0
+        save(store, "a", _NEW)
+        assert_clean(store)
+
+
+@pytest.mark.parametrize("floor", [-1, "-1", "", "none", False, 0.0])
+def test_floor_that_is_no_size_is_refused(tmp_path: Path, floor: Any) -> None:
+    with pytest.raises(ConfigError, match="is not a size"):
+        SessionStore(tmp_path / "root", min_free=floor)
+
+
+def test_fallocate_is_looked_up_once_however_many_holes_are_punched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = ctypes.CDLL, []
+
+    def look_up(*args: Any, **kwargs: Any) -> ctypes.CDLL:
+        calls.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ctypes, "CDLL", look_up)
+    punch._find_fallocate.cache_clear()
+    with (tmp_path / "file").open("wb") as file:
+        file.write(bytes(3 * 4096))
+        file.flush()
+        codes = [punch.punch_hole(file.fileno(), i * 4096, 4096) for i in range(3)]
+    punch._find_fallocate.cache_clear()
+    assert codes[0] == codes[1] == codes[2]
+    assert len(calls) == 1

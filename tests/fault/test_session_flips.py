@@ -2,7 +2,7 @@
 
 What is read is what was saved, or there is an ``OffloadError``. Where damage shows, a rebuild and a
 repair lead back to a clean store. The long form (``-m soak``) takes every byte of every file, and
-prints the table of ``docs/sessions.md``.
+prints the table of ``docs/faults.md``.
 """
 
 import logging

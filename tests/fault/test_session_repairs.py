@@ -3,7 +3,7 @@
 import errno
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -157,25 +157,52 @@ def test_quarantine_takes_no_more_than_the_quota_has_room_for(root: Path) -> Non
         assert [info.is_damaged for info in store.list()] == [True]
 
 
-def test_process_without_descriptors_does_not_take_good_records_for_bad(
-    store: SessionStore, reader: Reader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save(store, "a", Recipe(1))
-    real = os.open
+def _without_descriptors(act: Callable[[], object], where: Any, suffix: str) -> None:
+    """Have ``open`` of a module or class fail for some files, and expect to hear of it."""
+    real = where.open
 
-    def no_more(path: Any, *arguments: Any, **keywords: Any) -> int:
-        if str(path).endswith(".kvseg"):
+    def no_more(path: Any, *arguments: Any, **keywords: Any) -> Any:
+        if str(path).endswith(suffix):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return real(path, *arguments, **keywords)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "open", no_more)
-        for act in (lambda: store.verify("a"), lambda: reader.check_prefix(store, Recipe(1))):
-            with pytest.raises(StorageError) as caught:
-                act()
-            assert caught.value.errno == errno.EMFILE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, "open", no_more)
+        with pytest.raises(StorageError) as caught:
+            act()
+    assert caught.value.errno == errno.EMFILE
+
+
+def test_process_without_descriptors_does_not_take_good_records_for_bad(
+    store: SessionStore, reader: Reader
+) -> None:
+    save(store, "a", Recipe(1))
+    _without_descriptors(lambda: store.verify("a"), os, ".kvseg")
+    _without_descriptors(lambda: reader.check_prefix(store, Recipe(1)), os, ".kvseg")
     reader.check(store, "a", Recipe(1))
     assert_clean(store)
+
+
+def test_process_without_descriptors_does_not_take_good_session_files_for_bad(
+    root: Path, store: SessionStore, reader: Reader
+) -> None:
+    save(store, "a", Recipe(1))
+    _without_descriptors(lambda: store.fsck(repair=True), Path, ".kvsession")
+    store.close()
+    _without_descriptors(lambda: rebuild(root), Path, ".kvsession")
+    with closing(SessionStore(root)) as opened:
+        reader.check(opened, "a", Recipe(1))
+        assert_clean(opened)
+
+
+def test_damaged_record_is_reported_once_and_then_as_quarantined(store: SessionStore) -> None:
+    save(store, "a", Recipe(1, num_chunks=4))
+    _damage(_record(store, "a", position=2))
+    first, second = store.verify("a"), store.verify("a")
+    assert [len(report.bad_records) for report in (first, second)] == [1, 1]
+    assert [len(report.new_records) for report in (first, second)] == [1, 0]
+    assert second.bad_records[0].reason == f"already quarantined: {first.bad_records[0].reason}"
+    assert not second.is_clean
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from offload.cli import main
+from offload.sessions.session_file import read_session_file, renamed, write_session_file
 from tests.support.sessions import make_content, make_token_ids, read_back, save, small_store
 
 _TOKENS = make_token_ids(30, seed=1)
@@ -108,8 +109,12 @@ def test_fsck_finds_a_flipped_byte_and_repair_leaves_nothing_to_find(
     repaired = check("--repair")
     assert (repaired["status"], repaired["is_repaired"]) == (1, True)
     assert repaired["damaged_sessions"] == ["long", "short"]
-    assert check()["status"] == 0
+    again = check()
+    [record] = again["bad_records"]
+    assert (again["status"], record["was_known"]) == (0, True)
+    assert record["reason"].startswith("already quarantined: chunk ")
     assert main(["sessions", "delete", "long", "short", "--root", str(root)]) == 0
+    assert check()["bad_records"] == []
 
 
 def test_fsck_after_a_repair_says_what_was_done_and_what_is_left(
@@ -129,6 +134,7 @@ def test_fsck_after_a_repair_says_what_was_done_and_what_is_left(
     assert status == 0
     assert "clean" in lines
     assert "damaged sessions other" in lines
+    assert "bad records 1, 1 of them in quarantine before" in lines
 
 
 def test_fsck_finds_new_damage_beside_what_is_in_quarantine(root: Path, check: Check) -> None:
@@ -187,6 +193,73 @@ def test_fsck_rebuilds_a_lost_catalog_only_when_told_to(root: Path, check: Check
         assert read_back(store, "other")
 
 
+def change_catalog(root: Path, statement: str, *values: object) -> None:
+    with closing(sqlite3.connect(root / "catalog.sqlite3")) as db, db:
+        assert db.execute(statement, values).rowcount == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "num_tokens = 3",
+        "name = 'wrong'",
+        "name = CAST(X'6c6f6eff' AS TEXT)",
+        "is_pinned = 1",
+        "expires_at = 1.0",
+        "expires_at = X'00'",
+        "namespace = X'00'",
+        "file_bytes = 'many'",
+        "checksum = 0",
+    ],
+)
+@pytest.mark.parametrize("option", ["--repair", "--rebuild"])
+def test_fsck_brings_a_session_with_a_damaged_row_back_from_its_file(
+    change: str, option: str, root: Path, check: Check, say: Callable[..., tuple[int, list[str]]]
+) -> None:
+    before = listing(root)
+    change_catalog(root, f"UPDATE sessions SET {change} WHERE name = 'long'")
+    found = check()
+    [error] = found["catalog_errors"]
+    assert error.startswith("session 'long': ")
+    assert (found["num_sessions"], found["num_chunks"], found["orphans"]) == (3, 21, [])
+    status, lines = say(option)
+    assert status == (option == "--repair")
+    assert ("sessions restored from their files: long" in lines) == (option == "--repair")
+    assert check()["status"] == 0
+    assert listing(root) == before
+    with small_store(root) as store:
+        assert read_back(store, "long")
+
+
+@pytest.mark.parametrize("identity", ["0" * 32, "short", b"\xff"])
+def test_fsck_repair_keeps_a_session_whose_row_has_lost_its_identity_for_a_rebuild(
+    identity: str | bytes, root: Path, check: Check
+) -> None:
+    before = listing(root)
+    change_catalog(root, "UPDATE sessions SET id = ? WHERE name = 'long'", identity)
+    found = check("--repair")
+    assert found["status"] == 1
+    assert len(found["catalog_errors"]) == 1
+    assert (found["bad_sessions"], found["orphans"]) == ({}, [])
+    assert check("--rebuild")["status"] == 0
+    assert listing(root) == before
+
+
+def test_fsck_does_not_restore_a_session_whose_name_another_has_by_now(
+    root: Path, check: Check
+) -> None:
+    """Scenario: a crash left the file one change ahead; then somebody took the name."""
+    path = file_of(root, "long")
+    renamed_to_other = renamed(read_session_file(path), name="other")
+    write_session_file(path, renamed_to_other, sync=False)
+    change_catalog(root, "UPDATE sessions SET num_tokens = 3 WHERE name = 'long'")
+    found = check("--repair")
+    assert (found["status"], found["restored"]) == (1, [])
+    assert "session 'other': catalog: a row of sessions" in found["catalog_errors"][0]
+    with small_store(root) as store:
+        assert store.info("other").num_rows == 2
+
+
 @pytest.mark.parametrize("damage", ["header", "row"])
 def test_fsck_of_a_damaged_catalog_says_how_to_mend_it(
     damage: str, root: Path, check: Check, say: Callable[..., tuple[int, list[str]]]
@@ -195,8 +268,7 @@ def test_fsck_of_a_damaged_catalog_says_how_to_mend_it(
     if damage == "header":
         flip(root / "catalog.sqlite3", 0)
     else:
-        with closing(sqlite3.connect(root / "catalog.sqlite3")) as db, db:
-            db.execute("UPDATE sessions SET num_tokens = 3 WHERE name = 'long'")
+        change_catalog(root, "UPDATE sessions SET num_tokens = 3 WHERE name = 'long'")
     status, lines = say()
     assert status == 1
     assert "catalog damaged" in lines

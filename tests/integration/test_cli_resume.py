@@ -1,6 +1,9 @@
 """``offload generate --session``: a text that several runs write, end to end."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +160,27 @@ def test_generate_prints_the_text_before_it_finds_no_room_to_save_it(
     assert "used of the quota of 9 MiB" in printed.err.splitlines()[-1]
     with small_store(root) as store:
         assert store.list() == []
+
+
+@pytest.mark.parametrize("options", [[], ["--json", "--stats"]])
+def test_generate_saves_the_whole_text_though_nobody_reads_it(
+    options: list[str], root: Path, tmp_path: Path, prompts: list[str]
+) -> None:
+    """Scenario: ``offload generate ... | head``, and head is gone before the first word."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = ["--model", "recall", "--session", "chat", "--prompt", prompts[0], *options]
+    folders = ["--root", str(root), "--disk-path", str(tmp_path / "disk"), "--threads", "1"]
+    count = ["--max-new-tokens", str(_NEW_TOKENS)]
+    command = [sys.executable, "-m", "offload.cli", "generate", *arguments, *folders, *count]
+    with open(writer, "wb") as output:
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, check=True)
+    assert "Error" not in done.stderr
+    assert "Exception" not in done.stderr
+    with small_store(root) as store:
+        ids = store.describe("chat").token_ids
+    assert ids is not None
+    assert bytes(ids[0].tolist()).decode() == prompts[0] + continued(prompts[0])
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,15 @@ def test_export_and_import_replace_nothing_unless_told_to(
     assert sessions("import", file) == 2
     assert "there is a session 'long' already" in capsys.readouterr().err
     data = ask("import", file, "--overwrite")
-    assert (data["name"], data["written_bytes"]) == ("long", 0)
+    assert (data["name"], data["written_bytes"]) == ("long", 12 * 3 * 4096)
+
+
+def test_import_whose_prefixes_are_trusted_shares_what_the_root_has(
+    sessions: Run, ask: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert sessions("export", "long", tmp_path / "file") == 0
+    data = ask("import", tmp_path / "file", "--name", "copy", "--trust-prefixes")
+    assert (data["name"], data["written_bytes"]) == ("copy", 0)
 
 
 def test_usage_shows_limits_and_who_has_the_space(

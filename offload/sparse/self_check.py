@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -47,12 +47,21 @@ class SelfCheck:
     store : ChunkStore
     every : int
         Calls per check, on average. No check starts while one is under way.
+    observe : callable
+        Told every error, by the thread that calls methods.
     seed : int
     """
 
-    def __init__(self, store: ChunkStore, every: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        store: ChunkStore,
+        every: int,
+        observe: Callable[[float], None] = lambda error: None,
+        seed: int = 0,
+    ) -> None:
         self._store = store
         self._every = every
+        self._observe = observe
         self._random = random.Random(seed)
         self._executor: ThreadPoolExecutor | None = None
         self._running: tuple[Future[float], list[ChunkId]] | None = None
@@ -60,11 +69,17 @@ class SelfCheck:
         self._num_checks = 0
 
     def draw(self, num_heads: int) -> int | None:
-        """Return a head to check in this call, or None."""
+        """Return which of so many heads to check in this call, or None."""
         self._reap()
         if self._running is not None or self._random.randrange(self._every):
             return None
         return self._random.randrange(num_heads)
+
+    def settle(self) -> None:
+        """Wait for the check under way."""
+        if self._running is not None:
+            self._running[0].exception()
+            self._reap()
 
     def start(self, head: int, query: Tensor, chunks: Sequence[ChunkId], found: Partial) -> None:
         """Check one head.
@@ -112,6 +127,7 @@ class SelfCheck:
         self._store.unprotect(chunks)
         if future.exception() is None:
             self._errors.append(future.result())
+            self._observe(future.result())
             self._num_checks += 1
         # A check that could not read is no check; who needs those chunks will meet the error.
 

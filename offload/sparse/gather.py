@@ -14,9 +14,13 @@ from offload.types import ChunkId, round_up
 
 
 def gather_tokens(
-    store: ChunkStore, device: torch.device, chunks: Sequence[ChunkId], ids: Tensor
+    store: ChunkStore,
+    device: torch.device,
+    chunks: Sequence[ChunkId],
+    heads: Sequence[int],
+    ids: Tensor,
 ) -> Tensor:
-    """Return the rows of tokens of one layer, per KV head.
+    """Return the rows of tokens of one layer, for some of its KV heads.
 
     Memory tiers are read by row, the disk by head of a chunk, which is what its checksums cover.
     The caller holds the engine's lock.
@@ -27,18 +31,19 @@ def gather_tokens(
     device : torch.device
     chunks : sequence of ChunkId
         Full chunks, in order; token ``t`` is in chunk ``t // chunk_tokens``.
-    ids : Tensor, int64 [num_kv_heads, num_tokens]
+    heads : sequence of int
+    ids : Tensor, int64 [len(heads), num_tokens]
         On the host. Negative ones are skipped; their rows are zero.
 
     Returns
     -------
-    Tensor, shape (num_kv_heads, num_tokens, row_dim), on ``device``
+    Tensor, shape (len(heads), num_tokens, row_dim), on ``device``
     """
     layout, size = store.layout, store.layout.chunk_tokens
     out = torch.zeros(*ids.shape, layout.row_dim, dtype=layout.dtype, device=device)
     wanted = ids.numpy()
-    heads, places = np.nonzero(wanted >= 0)
-    tokens = wanted[heads, places]
+    lines, places = np.nonzero(wanted >= 0)
+    tokens, head_of = wanted[lines, places], np.asarray(heads)[lines]
     positions, offsets = tokens // size, tokens % size
     by_level: dict[int, list[int]] = {}
     slot_of = np.zeros(int(positions.max(initial=-1)) + 1, dtype=np.int64)
@@ -54,13 +59,13 @@ def gather_tokens(
         by_level.setdefault(level, []).append(position)
     for level, members in by_level.items():
         mine = np.nonzero(level_of[positions] == level)[0]
-        at = (heads[mine], positions[mine], offsets[mine])
+        at = (head_of[mine], positions[mine], offsets[mine])
         tier = store.tiers[level] if level < len(store.tiers) else None
         if isinstance(tier, MemoryTier):
             rows = _from_pool(tier, slot_of, at, store)
         else:
             rows = _from_records(store, chunks, members, at, is_pending=tier is None)
-        index = tuple(torch.from_numpy(part[mine]) for part in (heads, places))
+        index = tuple(torch.from_numpy(part[mine]) for part in (lines, places))
         out[tuple(part.to(out.device) for part in index)] = rows.to(out.device)
     return out
 

@@ -1,0 +1,170 @@
+"""Indexes over the chunks of a layer, built from what is stored."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offload.index.base import KeyIndex
+from offload.sparse.builder import IndexBuilder, Job, Segment
+from offload.sparse.plan import IndexRecipe
+from offload.sparse.segments import SegmentSizes
+from offload.store import ChunkStore
+from offload.types import ChunkId
+
+Segments = tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A row that an index is for.
+
+    Attributes
+    ----------
+    owner : int
+        Identity of the cache or fork.
+    layer, row : int
+    """
+
+    owner: int
+    layer: int
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    version: object
+    segments: Segments
+
+
+class LayerIndexes:
+    """The indexes of all layers of one store, by the chunks they are over.
+
+    Chunks are immutable and never named twice, so an index over some chunks is right for every row,
+    beam and fork that has them. It is kept as long as a holder uses it, and as one piece: the
+    segments it was joined from are views of it, if they are asked for again. Only the thread that
+    holds the engine's lock calls methods.
+
+    Parameters
+    ----------
+    store : ChunkStore
+    device : torch.device
+        Where indexes live.
+    recipe : IndexRecipe
+    sizes : SegmentSizes
+    """
+
+    def __init__(
+        self, store: ChunkStore, device: torch.device, recipe: IndexRecipe, sizes: SegmentSizes
+    ) -> None:
+        self._store = store
+        self._sizes = sizes
+        self._builder = IndexBuilder(store, device, recipe)
+        self._joined: dict[Segments, KeyIndex] = {}
+        self._held: dict[Holder, _Held] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all indexes."""
+        joined = sum(index.num_bytes for index in self._joined.values())
+        return joined + self._builder.num_bytes
+
+    def over(
+        self,
+        holder: Holder,
+        version: object,
+        chunks: Sequence[ChunkId],
+        heads: tuple[int, ...],
+        queries: Tensor | None = None,
+    ) -> KeyIndex:
+        """Return an index over the beginning of a run of chunks, as far as segments go.
+
+        What is missing is built now; what will be needed soon is begun.
+
+        Parameters
+        ----------
+        holder : Holder
+            Whom the index is kept for, until it asks for another one.
+        version : object
+            Equal to that of the holder's last call only if the chunks are the same.
+        chunks : sequence of ChunkId
+            Enough of them for a segment.
+        heads : tuple of int
+            KV heads that are indexed; the same at every call for these chunks.
+        queries : Tensor, shape (len(heads), num_queries, key_dim), optional
+            Such as will be asked.
+        """
+        held = self._held.get(holder)
+        if held is None or held.version != version:
+            segments = self._begin_next(chunks, heads, queries)
+            if segments not in self._joined:
+                self._joined[segments] = self._join(segments, heads, queries)
+            held = self._held[holder] = _Held(version, segments)
+            self._forget_unheld()
+        return self._joined[held.segments]
+
+    def prepare(self, chunks: Sequence[ChunkId], heads: tuple[int, ...]) -> None:
+        """Begin to index the complete segments of the largest size, while a prompt is read."""
+        size = self._store.layout.chunk_tokens
+        for start, stop in self._sizes.largest(len(chunks), size):
+            self._begin(Job(tuple(chunks[start:stop]), heads))
+
+    def forget(self, owner: int) -> None:
+        """Drop what is kept for a cache or fork."""
+        self._held = {holder: held for holder, held in self._held.items() if holder.owner != owner}
+        self._forget_unheld()
+
+    def settle(self) -> None:
+        """Wait for what is being built."""
+        self._builder.settle()
+
+    def close(self) -> None:
+        """Stop building. Idempotent."""
+        self._builder.close()
+
+    def _begin(self, job: Job) -> None:
+        if not any(job.chunks in segments for segments in self._joined):
+            self._builder.start(job)
+
+    def _begin_next(
+        self, chunks: Sequence[ChunkId], heads: tuple[int, ...], queries: Tensor | None
+    ) -> Segments:
+        """Begin what will be needed soon; return the segments that count now."""
+        size = self._store.layout.chunk_tokens
+        for start, stop in self._sizes.coming(len(chunks), size):
+            self._begin(Job(tuple(chunks[start:stop]), heads, queries))
+        return tuple(tuple(chunks[a:b]) for a, b in self._sizes.cut(len(chunks), size))
+
+    def _join(self, segments: Segments, heads: tuple[int, ...], queries: Tensor | None) -> KeyIndex:
+        """Return an index over segments: what is known of the first ones, and the others."""
+        num_known, known = self._longest_known(segments)
+        parts = [] if known is None else [known]
+        parts += [self._builder.finish(Job(s, heads, queries)) for s in segments[num_known:]]
+        return type(parts[0]).join(parts)
+
+    def _longest_known(self, segments: Segments) -> tuple[int, KeyIndex | None]:
+        """Return how many of the first segments some index has, and that part of it."""
+        best, owner = 0, None
+        for other in self._joined:
+            shared = _num_shared(segments, other)
+            if shared > best:
+                best, owner = shared, other
+        if owner is None:
+            return 0, None
+        num_chunks = sum(map(len, segments[:best]))
+        return best, self._joined[owner].prefix(num_chunks * self._store.layout.chunk_tokens)
+
+    def _forget_unheld(self) -> None:
+        used = {held.segments for held in self._held.values()}
+        self._joined = {key: index for key, index in self._joined.items() if key in used}
+
+
+def _num_shared(one: Iterable[Segment], other: Iterable[Segment]) -> int:
+    """Return how many first segments two runs have in common."""
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
