@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from offload.errors import CorruptChunk, StorageError
+from offload.errors import CorruptCatalog, CorruptChunk, StorageError
 from offload.sessions.keys import record_id
 from offload.sessions.session_file import BlockRef
 from offload.tiers.io_engine import IoEngine
@@ -164,4 +164,4 @@ class RecordChecker:
 
 def is_damage(error: StorageError) -> bool:
     """Whether an error says something about a record or file, and not about this process."""
-    return isinstance(error, CorruptChunk) or error.errno in (EIO, ENOENT)
+    return isinstance(error, CorruptChunk | CorruptCatalog) or error.errno in (EIO, ENOENT)

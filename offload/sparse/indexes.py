@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -42,9 +43,10 @@ class LayerIndexes:
     """The indexes of all layers of one store, by the chunks they are over.
 
     Chunks are immutable and never named twice, so an index over some chunks is right for every row,
-    beam and fork that has them. It is kept as long as a holder uses it, and as one piece: the
-    segments it was joined from are views of it, if they are asked for again. Only the thread that
-    holds the engine's lock calls methods.
+    beam and fork that has them. It is kept as long as a holder uses it, and the latest one over the
+    same beginning as long as its chunks exist: the next fork will ask for it. It is kept as one
+    piece: the segments it was joined from are views of it, if they are asked for again. Only the
+    thread that holds the engine's lock calls methods.
 
     Parameters
     ----------
@@ -63,6 +65,7 @@ class LayerIndexes:
         self._builder = IndexBuilder(store, device, recipe)
         self._joined: dict[Segments, KeyIndex] = {}
         self._held: dict[Holder, _Held] = {}
+        self._latest: dict[ChunkId, Segments] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -101,6 +104,7 @@ class LayerIndexes:
             if segments not in self._joined:
                 self._joined[segments] = self._join(segments, heads, queries)
             held = self._held[holder] = _Held(version, segments)
+            self._latest[segments[0][0]] = segments
             self._forget_unheld()
         return self._joined[held.segments]
 
@@ -155,8 +159,26 @@ class LayerIndexes:
         num_chunks = sum(map(len, segments[:best]))
         return best, self._joined[owner].prefix(num_chunks * self._store.layout.chunk_tokens)
 
+    def _living(self, segments: Segments) -> Segments:
+        """Return the first segments whose chunks exist, and have an index over them."""
+        table = self._store.table
+        living = tuple(takewhile(lambda segment: segment[-1] in table, segments))
+        if living and living not in self._joined:
+            _, known = self._longest_known(living)
+            assert known is not None
+            self._joined[living] = known
+        return living
+
     def _forget_unheld(self) -> None:
-        used = {held.segments for held in self._held.values()}
+        table = self._store.table
+        self._held = {
+            holder: held
+            for holder, held in self._held.items()
+            if held.segments[-1][-1] in table  # else the holder dropped its last tokens
+        }
+        self._latest = {first: self._living(segments) for first, segments in self._latest.items()}
+        self._latest = {first: segments for first, segments in self._latest.items() if segments}
+        used = {held.segments for held in self._held.values()} | set(self._latest.values())
         self._joined = {key: index for key, index in self._joined.items() if key in used}
 
 

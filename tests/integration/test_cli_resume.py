@@ -173,8 +173,11 @@ def test_generate_saves_the_whole_text_though_nobody_reads_it(
     folders = ["--root", str(root), "--disk-path", str(tmp_path / "disk"), "--threads", "1"]
     count = ["--max-new-tokens", str(_NEW_TOKENS)]
     command = [sys.executable, "-m", "offload.cli", "generate", *arguments, *folders, *count]
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # what is kept back is written at exit
     with open(writer, "wb") as output:
-        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            command, stdout=output, stderr=subprocess.PIPE, text=True, check=True, env=buffered
+        )
     assert "Error" not in done.stderr
     assert "Exception" not in done.stderr
     with small_store(root) as store:
