@@ -62,7 +62,8 @@ class Built:
         """Return the same index with its knob turned."""
         index: Any = self.index
         settings = replace(index.settings, **{self.knob: value})
-        return replace(index, settings=settings)
+        turned: KeyIndex = replace(index, settings=settings)
+        return turned
 
 
 def methods(head: Head) -> dict[str, Callable[[], Built]]:

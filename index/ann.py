@@ -9,7 +9,6 @@ hold all keys, twice as large as in half precision; the others hold codes only.
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate, islice
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from offload.index.base import Hits, KeyIndex, agreed, require_finite
 from offload.index.candidates import best_of_group
-from offload.index.faiss_bridge import faiss_module, from_bytes, shared_workers
+from offload.index.faiss_bridge import Workers, faiss_module, from_bytes, shared_workers
 from offload.index.faiss_kinds import AnnSettings, HeadIndex, Nearest, build_head
 
 
@@ -48,7 +47,7 @@ class AnnIndex(KeyIndex):
 
     settings: AnnSettings
     segments: tuple[_Segment, ...]
-    _workers: ThreadPoolExecutor = field(default_factory=shared_workers, repr=False)
+    _workers: Workers = field(default_factory=shared_workers, repr=False)
 
     @classmethod
     def build(cls, keys: Tensor, values: Tensor, **options: Any) -> Self:
@@ -120,7 +119,7 @@ class AnnIndex(KeyIndex):
         segments = [
             _Segment(
                 num_tokens,
-                tuple(HeadIndex(from_bytes(blob), settings) for blob in islice(blobs, len(sizes))),
+                tuple(HeadIndex(from_bytes(blob)) for blob in islice(blobs, len(sizes))),
             )
             for num_tokens, sizes in meta["segments"]
         ]
@@ -134,7 +133,7 @@ class AnnIndex(KeyIndex):
             return Hits(torch.empty(self.num_heads, 0, dtype=torch.int64, device=query.device), 0)
         rows = query.float().cpu().contiguous().numpy()
         searches = [
-            self._workers.submit(head.search, row, min(budget, segment.num_tokens))
+            self._workers.submit(head.search, row, min(budget, segment.num_tokens), self.settings)
             for segment in self.segments
             for head, row in zip(segment.heads, rows, strict=True)
         ]
@@ -145,7 +144,7 @@ class AnnIndex(KeyIndex):
             parts.append(_shifted(own, first))
             first += segment.num_tokens
         ids, scores = (torch.cat(tensors, 2) for tensors in zip(*parts, strict=True))
-        best = best_of_group(ids, scores, self.num_tokens, budget)
+        best = best_of_group(ids, scores, budget)
         return Hits(best.to(query.device), sum(nearest.scanned_bytes for nearest in found))
 
 

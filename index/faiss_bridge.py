@@ -12,8 +12,9 @@ import importlib
 import os
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,13 +22,10 @@ from torch import Tensor
 
 from offload.errors import ConfigError
 
-_MAX_WORKERS = 8
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
-_lock = threading.Lock()
-# Weak, so that the threads end with the last index that uses them.
-_shared: weakref.WeakValueDictionary[str, ThreadPoolExecutor] = weakref.WeakValueDictionary()
-# Threads do not survive a fork; the child makes its own.
-os.register_at_fork(after_in_child=_shared.clear)
+_MAX_WORKERS = 8
 
 
 def faiss_module() -> Any:
@@ -47,15 +45,48 @@ def faiss_module() -> Any:
         ) from error
 
 
-def shared_workers() -> ThreadPoolExecutor:
-    """Return the threads that FAISS runs on; they live as long as somebody keeps the result."""
+class Workers:
+    """The threads that FAISS runs on, until nobody keeps this; a forked child gets its own."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin with no threads; they start as they are needed."""
+        count = min(_MAX_WORKERS, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(count, "offload-faiss", _use_one_thread)
+
+    def submit(self, work: Callable[..., _R], *args: object) -> Future[_R]:
+        """Run on one of the threads."""
+        return self._pool.submit(work, *args)
+
+    def map(self, work: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
+        """Run for each of the items, and return what comes out in their order."""
+        return list(self._pool.map(work, items))
+
+
+_lock = threading.Lock()
+# Weak, so that the threads end with the last index that uses them.
+_shared: weakref.WeakValueDictionary[str, Workers] = weakref.WeakValueDictionary()
+
+
+def shared_workers() -> Workers:
+    """Return the threads that all indexes of this process share."""
     with _lock:
         workers = _shared.get("workers")
         if workers is None:
-            count = min(_MAX_WORKERS, os.cpu_count() or 1)
-            workers = ThreadPoolExecutor(count, "offload-faiss", _use_one_thread)
-            _shared["workers"] = workers
+            workers = _shared["workers"] = Workers()
         return workers
+
+
+def _after_fork() -> None:
+    """Let a child go on with the indexes it inherited: the threads that searched them are gone."""
+    for workers in _shared.values():
+        workers.renew()
+    _lock.release()
+
+
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork)
 
 
 def _use_one_thread() -> None:

@@ -92,8 +92,6 @@ class HeadIndex:
     ----------
     index
         Of FAISS.
-    settings : AnnSettings
-        That it was built with.
 
     Attributes
     ----------
@@ -101,17 +99,16 @@ class HeadIndex:
         When serialised.
     """
 
-    def __init__(self, index: Any, settings: AnnSettings) -> None:
+    def __init__(self, index: Any) -> None:
         self.num_bytes = len(to_bytes(index))
         self._index = index
-        self._settings = settings
-        self._degree = _mean_degree(index) if settings.kind == "hnsw" else 0.0
+        self._degree = _mean_degree(index) if hasattr(index, "hnsw") else 0.0
 
     def to_bytes(self) -> Tensor:
         """Return what ``from_bytes`` of the bridge turns into the FAISS index again."""
         return to_bytes(self._index)
 
-    def search(self, query: NDArray[np.float32], k: int) -> Nearest:
+    def search(self, query: NDArray[np.float32], k: int, settings: AnnSettings) -> Nearest:
         """Return the keys with the largest inner products.
 
         Parameters
@@ -119,17 +116,18 @@ class HeadIndex:
         query : array, float32 [num_queries, key_dim]
         k : int
             Positive, and no more than there are keys.
+        settings : AnnSettings
+            Of the kind that was built; ``scan`` and ``beam`` may differ from one search to another.
         """
-        kind = self._settings.kind
-        if kind == "hnsw":
-            return self._search_graph(query, k)
-        if kind == "pq":
+        if settings.kind == "hnsw":
+            return self._search_graph(query, k, max(settings.beam, k))
+        if settings.kind == "pq":
             scores, ids = self._index.search(query, k)
             return Nearest(scores, ids, len(query) * self._index.ntotal * self._index.code_size)
-        return self._search_lists(query, k)
+        share = max(settings.scan, min(1.0, 2 * k / self._index.ntotal))
+        return self._search_lists(query, k, math.ceil(share * self._index.nlist))
 
-    def _search_graph(self, query: NDArray[np.float32], k: int) -> Nearest:
-        beam = max(self._settings.beam, k)
+    def _search_graph(self, query: NDArray[np.float32], k: int, beam: int) -> Nearest:
         parameters = faiss_module().SearchParametersHNSW(efSearch=beam)
         scores, ids = self._index.search(query, k, params=parameters)
         # FAISS adds up what it compares for the whole process only. This is all edges of the keys
@@ -137,22 +135,20 @@ class HeadIndex:
         compared = min(self._index.ntotal, int(beam * self._degree))
         return Nearest(scores, ids, len(query) * compared * (_bytes(query) + 4))
 
-    def _search_lists(self, query: NDArray[np.float32], k: int) -> Nearest:
-        index, num_queries = self._index, len(query)
-        share = max(self._settings.scan, min(1.0, 2 * k / index.ntotal))
-        probes = math.ceil(share * index.nlist)
+    def _search_lists(self, query: NDArray[np.float32], k: int, probes: int) -> Nearest:
+        index = self._index
         parameters = faiss_module().SearchParametersIVF(nprobe=probes)
         scores, ids = index.search(query, k, params=parameters)
         # The search does not say which lists it read, so they are looked up once more.
         lists = index.quantizer.search(query, probes)[1]
         inside = sum(index.invlists.list_size(int(number)) for number in lists.flat)
-        read = num_queries * index.nlist * _bytes(query) + inside * index.code_size
+        read = len(query) * index.nlist * _bytes(query) + inside * index.code_size
         return Nearest(scores, ids, read)
 
 
 def _bytes(query: NDArray[np.float32]) -> int:
     """Return the bytes of one key as FAISS holds it."""
-    return query.shape[1] * query.itemsize
+    return int(query.shape[1] * query.itemsize)
 
 
 def build_head(keys: NDArray[np.float32], settings: AnnSettings) -> HeadIndex:
@@ -161,7 +157,7 @@ def build_head(keys: NDArray[np.float32], settings: AnnSettings) -> HeadIndex:
     Keys that are too few to train codes of, or of a width that codes do not divide, are kept as
     they are.
     """
-    return HeadIndex(_build(keys, settings), settings)
+    return HeadIndex(_build(keys, settings))
 
 
 def _build(keys: NDArray[np.float32], settings: AnnSettings) -> Any:
@@ -194,9 +190,8 @@ def _build_inverted(keys: NDArray[np.float32], settings: AnnSettings) -> Any:
     by_distance, by_product = faiss.IndexFlatL2(dim), faiss.IndexFlatIP(dim)
     by_distance.add(centroids)
     by_product.add(centroids)
-    make = faiss.IndexIVFFlat
-    if settings.kind == "ivf_rabitq":
-        make = getattr(faiss, "IndexIVFRaBitQFastScan", faiss.IndexIVFRaBitQ)
+    is_coded = settings.kind == "ivf_rabitq"
+    make = faiss.IndexIVFRaBitQFastScan if is_coded else faiss.IndexIVFFlat
     index = make(by_distance, dim, len(centroids), faiss.METRIC_INNER_PRODUCT)
     index.train(keys)
     index.add(keys)

@@ -32,7 +32,7 @@ _SHARED = 48
 _QUERIES_PER_KEY = 32
 """Of the queries that find a key, those that rank it best are asked what else they find."""
 
-_BACKWARD = 64
+_BACKWARD = 32
 """Edges towards a key that may become edges away from it."""
 
 _ROWS = 512

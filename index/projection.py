@@ -178,7 +178,7 @@ class ProjectionIndex(KeyIndex):
         found = [self._search(query, budget, number, run) for number, run in self._runs()]
         ids = torch.cat([part.ids for part in found], 2)
         scores = torch.cat([part.scores for part in found], 2)
-        best = best_of_group(ids, scores, self.num_tokens, budget)
+        best = best_of_group(ids, scores, budget)
         return Hits(best, sum(part.scanned_bytes for part in found))
 
     def _runs(self) -> Iterator[tuple[int, slice]]:

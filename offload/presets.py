@@ -56,7 +56,7 @@ PRESETS = {
                 budget=100,
                 sink_tokens=128,
                 window_tokens=512,
-                sizes=SegmentSizes((131072, 32768, 8192, 1024)),
+                sizes=SegmentSizes((131072, 32768, 8192, 2048, 512)),
                 placement="host",
                 kept_queries=4096,
             ),

@@ -146,20 +146,24 @@ class Retrieval:
     ) -> tuple[Tensor, Tensor]:
         """Attend for one row; ``out`` [num_heads, num_queries, value_dim] and ``lse`` of it."""
         layout = self._store.layout
-        heads, query = self._heads(layer), call.query[row]
-        grouped = query.reshape(layout.num_kv_heads, -1, layout.key_dim).float() * call.scale
-        out = grouped.new_zeros(*grouped.shape[:2], layout.value_dim)
-        lse = grouped.new_full(grouped.shape[:2], -torch.inf)
-        if heads:
-            index = self._index(layer, row, ripe, heads)
-            chunks = layer.rows[row][covered.start : covered.stop]
-            assert index.num_tokens == len(chunks) * layout.chunk_tokens
-            picked = slice(None) if len(heads) == layout.num_kv_heads else list(heads)
-            asked = grouped[picked].to(self._place)
-            found = self._attend_heads(asked, index, chunks, heads, layer.num_context)
-            out[picked], lse[picked] = found.out.to(out.device), found.lse.to(lse.device)
-        shape = query.shape[:2]
-        return out.reshape(*shape, -1), lse.reshape(shape)
+        heads, query = self._heads(layer), call.query[row].float() * call.scale
+        num_heads, num_queries, _ = query.shape
+        out = query.new_zeros(num_heads, num_queries, layout.value_dim)
+        lse = query.new_full((num_heads, num_queries), -torch.inf)
+        if not heads:
+            return out, lse
+        index = self._index(layer, row, ripe, heads)
+        chunks = layer.rows[row][covered.start : covered.stop]
+        assert index.num_tokens == len(chunks) * layout.chunk_tokens
+        groups = (layout.num_kv_heads, num_heads // layout.num_kv_heads, num_queries)
+        asked = query.unflatten(0, groups[:2])[list(heads)].to(self._place)
+        # A group shares what it reads; the queries of different positions look for other things.
+        for position in range(num_queries):
+            one = asked[:, :, position]
+            found = self._attend_heads(one, index, chunks, heads, layer.num_context)
+            out.view(*groups, -1)[list(heads), :, position] = found.out.to(out.device)
+            lse.view(groups)[list(heads), :, position] = found.lse.to(lse.device)
+        return out, lse
 
     def _index(self, layer: Layer, row: int, ripe: range, heads: tuple[int, ...]) -> KeyIndex:
         assert self._indexes is not None
@@ -178,7 +182,7 @@ class Retrieval:
         heads: tuple[int, ...],
         num_context: int,
     ) -> Partial:
-        """Attend for some KV heads; ``query`` is [len(heads), num_queries, key_dim], scaled."""
+        """Attend for some KV heads; ``query`` is [len(heads), group_size, key_dim], scaled."""
         hits = self._search(query, index, num_context)
         rows = gather_tokens(self._store, self._place, chunks, heads, hits.ids.cpu()).float()
         key_dim = self._store.layout.key_dim
