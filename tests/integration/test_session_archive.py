@@ -156,9 +156,11 @@ def test_shared_prefix_is_exported_with_each_session_and_stored_once(
     assert save(store, "long", long) == 2 * len(LAYERS) * record_bytes
     store.export("short", tmp_path / "short")
     store.export("long", tmp_path / "long")
-    assert other.import_(tmp_path / "short").written_bytes == 4 * len(LAYERS) * record_bytes
-    assert other.import_(tmp_path / "long").written_bytes == 2 * len(LAYERS) * record_bytes
-    assert other.import_(tmp_path / "long", "again").written_bytes == 0
+    written = [
+        other.import_(tmp_path / path, name, trust_prefixes=True).written_bytes
+        for path, name in (("short", None), ("long", None), ("long", "again"))
+    ]
+    assert written == [count * len(LAYERS) * record_bytes for count in (4, 2, 0)]
     other.delete("short")
     for name in ("long", "again"):
         assert read_back(other, name) == expected_payloads(long)
@@ -176,13 +178,13 @@ def test_rows_that_share_a_prefix_are_exported_once(
     assert read_back(other, "chat") == expected_payloads(content)
 
 
-def test_imported_prefix_is_found_by_its_tokens(
+def test_imported_prefix_that_is_trusted_is_found_by_its_tokens(
     store: SessionStore, other: SessionStore, path: Path
 ) -> None:
     ids, namespace = make_token_ids(4, 3), make_session_namespace()
     save(store, "chat", make_content(4, 1, token_ids=ids))
     store.export("chat", path)
-    other.import_(path)
+    other.import_(path, trust_prefixes=True)
     found = other.find_prefix(
         namespace.model_digest, LAYOUT.chunk_tokens, ids, lambda layout: namespace.digest, LAYERS
     )
@@ -304,7 +306,7 @@ def test_progress_of_export_and_import_ends_with_everything(
     assert calls == [(done, num) for done in range(1, num + 1)]
     for name in ("new", "known"):
         calls.clear()
-        other.import_(path, name, lambda *call: calls.append(call))
+        other.import_(path, name, lambda *call: calls.append(call), trust_prefixes=True)
         assert all(a[0] < b[0] for a, b in itertools.pairwise(calls))
         assert calls[-1] == (2 * num, 2 * num)
 
