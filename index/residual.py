@@ -37,6 +37,9 @@ from offload.index.value_codes import (
 from offload.kernels.codes import Codes, encode, inner_products, level_norm, noise, rotation
 from offload.types import Partial
 
+_DEVIATIONS = 3.0
+"""With less, or without, keys that almost all of the softmax is on are missed twice as often."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -53,7 +56,7 @@ class Settings:
 
     num_bits: int = 2
     tokens_per_cluster: int = 32
-    scan: float = 0.4
+    scan: float = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,9 @@ class ResidualIndex(KeyIndex):
     keys : Codes
         Of the rotated residuals of the keys.
     values : ValueCodes
-    spread : Tensor, float16 [num_heads, num_clusters]
-        Root mean square of what the coded values miss, in each cluster.
+    spread, radius : Tensor, bfloat16 [num_heads, num_clusters]
+        Root mean square of what the coded values miss, and of the residuals of the keys, in each
+        cluster.
     """
 
     expects_errors = True
@@ -78,6 +82,7 @@ class ResidualIndex(KeyIndex):
     keys: Codes
     values: ValueCodes
     spread: Tensor
+    radius: Tensor
 
     @classmethod
     def build(cls, keys: Tensor, values: Tensor, **options: Any) -> Self:  # noqa: D102
@@ -102,14 +107,10 @@ class ResidualIndex(KeyIndex):
         narrow, scale = to_int8(means)
         clusters = replace(clusters, value_means=narrow, value_scale=scale)
         missed = values.float() - _rows(clusters.means_of_values(), number) - coded
-        squares = missed.square().sum(-1, keepdim=True)
-        return cls(
-            settings,
-            clusters,
-            encode(turned, settings.num_bits, unbiased=True),
-            codes,
-            cluster_means(squares, number, means.shape[1])[0].squeeze(-1).sqrt().half(),
-        )
+        squares = torch.stack([missed.square().sum(-1), turned.square().sum(-1)], -1)
+        spread, radius = cluster_means(squares, number, means.shape[1])[0].sqrt().bfloat16().unbind(-1)
+        coded_keys = encode(turned, settings.num_bits, unbiased=True)
+        return cls(settings, clusters, coded_keys, codes, spread, radius)
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:  # noqa: D102
@@ -121,6 +122,7 @@ class ResidualIndex(KeyIndex):
             join_codes([part.keys for part in parts]),
             join_values([part.values for part in parts]),
             torch.cat([part.spread for part in parts], 1),
+            torch.cat([part.radius for part in parts], 1),
         )
 
     def prefix(self, num_tokens: int) -> Self:  # noqa: D102
@@ -131,6 +133,7 @@ class ResidualIndex(KeyIndex):
             prefix_codes(self.keys, num_tokens),
             self.values.prefix(num_tokens, len(clusters.sizes)),
             self.spread[:, : clusters.counts.shape[1]],
+            self.radius[:, : clusters.counts.shape[1]],
         )
 
     @property
@@ -150,6 +153,7 @@ class ResidualIndex(KeyIndex):
             "value_scale_code": self.values.codes.scale,
             "basis": self.values.basis,
             "spread": self.spread,
+            "radius": self.radius,
         }
 
     def meta(self) -> dict[str, Any]:  # noqa: D102
@@ -163,6 +167,7 @@ class ResidualIndex(KeyIndex):
             Codes(tensors["key_bits"], tensors["key_scale"]),
             ValueCodes(Codes(tensors["value_bits"], tensors["value_scale_code"]), tensors["basis"]),
             tensors["spread"],
+            tensors["radius"],
         )
 
     def search(self, query: Tensor, budget: int) -> Hits:  # noqa: D102
@@ -228,7 +233,7 @@ class ResidualIndex(KeyIndex):
         clusters = self.clusters
         logits = torch.bmm(query, clusters.key_means().mT)
         masses = logits + clusters.counts.float().log().unsqueeze(1)
-        scanned = self._best_clusters(masses, budget)
+        scanned = self._best_clusters(query, masses, budget)
         number = clusters.cluster_of()
         inside = scanned.gather(1, number)
         longest = int(inside.sum(1).max())
@@ -246,9 +251,15 @@ class ResidualIndex(KeyIndex):
         shares = (raw + 2 * variance.sqrt() - total.unsqueeze(-1)).amax(1)
         return _Estimate(tokens, valid, shares, per_token, others)
 
-    def _best_clusters(self, masses: Tensor, budget: int) -> Tensor:
-        """Return which clusters to scan, bool ``[num_heads, num_clusters]``."""
-        order = combine_group(masses).argsort(1, descending=True)
+    def _best_clusters(self, query: Tensor, masses: Tensor, budget: int) -> Tensor:
+        """Return which clusters to scan, bool ``[num_heads, num_clusters]``.
+
+        A key that matters may differ much from its cluster: clusters count as if their keys had a
+        logit of some deviations above that of the mean.
+        """
+        deviation = self.radius.float().unsqueeze(1) * query.norm(dim=-1, keepdim=True)
+        hoped = masses + _DEVIATIONS / math.sqrt(query.shape[-1]) * deviation
+        order = combine_group(hoped).argsort(1, descending=True)
         counts = self.clusters.counts.long().gather(1, order)
         wanted = max(int(self.settings.scan * self.num_tokens), 2 * budget)
         chosen = counts.cumsum(1) - counts < wanted
