@@ -18,6 +18,7 @@ from offload.cache import OffloadedCache
 from offload.cli_options import (
     add_run_options,
     apply_threads,
+    budget,
     positive_int,
     probability,
     temperature,
@@ -26,6 +27,7 @@ from offload.cli_resume import TextSession
 from offload.cli_text import Generation, generate, tokenize
 from offload.errors import ConfigError
 from offload.local_model import DTYPES, RECALL, load_local_model
+from offload.presets import PRESETS
 from offload.report import pairs_table, stats_data, stats_report
 from offload.sessions.store import SessionStore
 
@@ -49,7 +51,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--capacity", default="", metavar="SIZES", help=f"hard limits, such as {_EXAMPLE}"
     )
-    parser.add_argument("--policy", default="exact", help="what to read (default: %(default)s)")
+    text = f"what to read: {', '.join(PRESETS)} (default: %(default)s)"
+    parser.add_argument("--policy", default="exact", help=text)
+    text = "most that a sparse policy reads: tokens, or a share of the context such as 0.01"
+    parser.add_argument("--budget", type=budget, metavar="N", help=text)
+    text = "relative error that 'adaptive' may make, such as 0.05; reads no more than that takes"
+    parser.add_argument("--error", type=float, metavar="E", help=text)
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     parser.add_argument("--device", default="auto", help="such as cuda:0 (default: %(default)s)")
     parser.add_argument(
@@ -75,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     settings: dict[str, Any] = {
         "tiers": tiers,
         "policy": args.policy,
+        "budget": args.budget,
+        "error": args.error,
         "capacity": parse_capacity(args.capacity),
         "disk_path": args.disk_path,
     }

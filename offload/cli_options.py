@@ -30,6 +30,11 @@ def probability(text: str) -> float:
     return value
 
 
+def budget(text: str) -> float | int:
+    """Read a number of tokens, or a share of the context with a decimal point, for ``type=``."""
+    return int(text) if text.isdecimal() else _float(text)
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add what every command that runs a model takes: disk, chunks, threads, seed, JSON."""
     parser.add_argument(

@@ -46,7 +46,7 @@ def tier_table(stats: CacheStats) -> Table:
 
 def movement_rows(stats: CacheStats) -> list[tuple[str, str]]:
     """Return names and values of all that belongs to no single tier."""
-    return [
+    rows = [
         ("tokens", str(stats.num_tokens)),
         ("chunks", str(stats.num_chunks)),
         ("growing chunks", format_size(stats.tail_bytes)),
@@ -58,6 +58,15 @@ def movement_rows(stats: CacheStats) -> list[tuple[str, str]]:
         ("failed, unneeded stores", f"{stats.failed_stores}, {stats.unneeded_failures}"),
         ("rescued from them", f"{stats.rescued_chunks} chunks"),
     ]
+    if stats.covered_tokens:
+        share = stats.retrieved_tokens / stats.covered_tokens
+        errors = f"{stats.error_median:.2g}, {stats.error_p95:.2g}" if stats.num_checks else "–"
+        rows += [
+            ("read sparsely", f"{share:.2%} of what is indexed"),
+            ("indexes", format_size(stats.index_bytes)),
+            ("error: median, p95", f"{errors} ({stats.num_checks} checks)"),
+        ]
+    return rows
 
 
 def pairs_table(rows: Iterable[tuple[str, str]]) -> Table:

@@ -103,6 +103,16 @@ def test_generate_with_stats_prints_them_to_standard_error(
     assert not any(line.startswith("disk │") for line in lines)
 
 
+def test_generate_with_a_sparse_policy_prints_what_was_read(
+    generate: Callable[..., int], prompt: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sparse = ["--policy", "adaptive", "--budget", "0.5"]
+    assert generate("--prompt", prompt + prompt, "--stats", *sparse) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
+    [read] = [line for line in lines if line.startswith("read sparsely")]
+    assert read.endswith("% of what is indexed")
+
+
 def test_generate_with_a_file_and_a_text_continues_the_file_followed_by_the_text(
     generate: Callable[..., int],
     prompt: str,
@@ -170,6 +180,8 @@ def test_generate_with_a_missing_folder_says_so_in_one_line_and_leaves_nothing(
         (["--prompt", "a", "--capacity", "gpu"], "capacity 'gpu' is not of the form tier=size"),
         (["--prompt", "a", "--capacity", "gpu=much"], "'much' (str) is not a size"),
         (["--prompt", "a", "--policy", "best"], "unknown policy 'best'"),
+        (["--prompt", "a", "--budget", "9"], "policy 'exact' reads everything; it takes no budget"),
+        (["--prompt", "a", "--policy", "quest", "--error", "0.1"], "policy 'quest' cannot tell"),
         (["--prompt", "a", "--device", "abacus"], "device 'abacus' cannot be used"),
     ],
 )
