@@ -187,7 +187,7 @@ def _advice(check: RootCheck) -> Iterator[str]:
         yield from _repairs(check)
     elif check.new_findings or report.bad_sessions or report.orphans:
         yield "--repair sets aside what is bad, and removes what nobody knows"
-    if report.catalog_errors:
+    if len(report.catalog_errors) > len(report.restored):
         yield "--rebuild makes a new catalog from the files"
     if check.damaged_sessions:
         yield (

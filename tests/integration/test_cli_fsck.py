@@ -225,6 +225,7 @@ def test_fsck_brings_a_session_with_a_damaged_row_back_from_its_file(
     status, lines = say(option)
     assert status == (option == "--repair")
     assert ("sessions restored from their files: long" in lines) == (option == "--repair")
+    assert "--rebuild makes a new catalog from the files" not in lines
     assert check()["status"] == 0
     assert listing(root) == before
     with small_store(root) as store:
