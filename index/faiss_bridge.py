@@ -86,7 +86,10 @@ def _after_fork() -> None:
     _lock.release()
 
 
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):  # Windows does not fork.
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork
+    )
 
 
 def _use_one_thread() -> None:

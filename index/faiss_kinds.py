@@ -122,10 +122,18 @@ class HeadIndex:
         if settings.kind == "hnsw":
             return self._search_graph(query, k, max(settings.beam, k))
         if settings.kind == "pq":
-            scores, ids = self._index.search(query, k)
-            return Nearest(scores, ids, len(query) * self._index.ntotal * self._index.code_size)
+            return self._search_codes(query, k)
         share = max(settings.scan, min(1.0, 2 * k / self._index.ntotal))
         return self._search_lists(query, k, math.ceil(share * self._index.nlist))
+
+    def _search_codes(self, query: NDArray[np.float32], k: int) -> Nearest:
+        index = self._index
+        scores, ids = index.search(query, k)
+        # FastScan returns nothing if all codes score the same; then any keys are the best.
+        tied = ids[:, 0] < 0
+        ids[tied] = np.arange(k)
+        scores[tied] = (query[tied] @ index.reconstruct(0))[:, None]
+        return Nearest(scores, ids, len(query) * index.ntotal * index.code_size)
 
     def _search_graph(self, query: NDArray[np.float32], k: int, beam: int) -> Nearest:
         parameters = faiss_module().SearchParametersHNSW(efSearch=beam)

@@ -3,14 +3,14 @@
 The bipartite projection of RoarGraph (arXiv 2408.08933, section 4), which RetrievalAttention (arXiv
 2409.10516, section 3.3) builds from the queries of the prefill: queries lie elsewhere than keys, so
 the neighbours of a key among keys say little about what a query finds next. Ours differs in three
-things, measured in benchmarks/results/ann_recall.md:
+things; docs/ann.md says what each is worth:
 
 * every key near a query is a pivot, not only the nearest: keys are linked by how many queries find
   both (``pivots=1`` is the published star);
 * what lies between two keys is judged by how differently queries see them, the distance under the
   covariance of the queries, when edges are chosen;
 * each key is linked to its nearest within a block of tokens too, instead of a search of the graph
-  for every key; no key stays without a way to it.
+  for every key. One edge of each is left free, so that keys without a way to them get one.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offload.index.graph_settings import GraphSettings
+from offload.index.orphans import attach_orphans
+
 _RIDGE = 0.01
 """Share of the mean variance added to every direction: few queries leave some without any."""
 
@@ -26,17 +29,24 @@ _BLOCK_TOKENS = 4096
 """Where the nearest keys are looked for. The whole context instead gains nothing (16K keys)."""
 
 _LOCAL = 8
-_SHARED = 48
-"""Candidates for the edges of a key: nearest in its block, and found together with it most."""
+_SHARED = 24
+"""Candidates for the edges of a key: nearest in its block, and found together with it most.
 
-_QUERIES_PER_KEY = 32
+With twice as many (and twice the next two) a graph takes twice as long to build; its recall for
+what a search reads is the same, at 16K keys.
+"""
+
+_QUERIES_PER_KEY = 16
 """Of the queries that find a key, those that rank it best are asked what else they find."""
 
-_BACKWARD = 32
+_BACKWARD = 24
 """Edges towards a key that may become edges away from it."""
 
 _ROWS = 512
-"""Keys or queries at a time; bounds the workspace at some 50 MiB."""
+"""Keys at a time; bounds the workspace at some 50 MiB."""
+
+_LOGITS = 1 << 24
+"""Logits at a time: 64 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +65,7 @@ class Graph:
     entries: Tensor
 
 
-def build_graph(
-    keys: Tensor,
-    queries: Tensor,
-    *,
-    degree: int,
-    num_nearest: int,
-    pivots: int,
-    num_entries: int,
-) -> Graph:
+def build_graph(keys: Tensor, queries: Tensor, settings: GraphSettings) -> Graph:
     """Link the keys of one head.
 
     Parameters
@@ -71,29 +73,25 @@ def build_graph(
     keys : Tensor, shape (num_keys, key_dim), float32
     queries : Tensor, shape (num_queries, key_dim), float32
         Of all heads of the group.
-    degree : int
-        Edges from a key, at most.
-    num_nearest : int
-        Keys that a query is taken to find.
-    pivots : int
-        Of these, how many are linked to all others.
-    num_entries : int
+    settings : GraphSettings
     """
-    num_keys = keys.shape[0]
-    found = nearest_keys(queries, keys, min(num_nearest, num_keys))
+    num_keys, degree = keys.shape[0], settings.degree
+    found = nearest_keys(queries, keys, min(settings.num_nearest, num_keys))
     rows = as_queries_see(keys, queries)
-    candidates = torch.cat([_found_together(found, num_keys, pivots), _nearest_in_block(rows)], 1)
+    together = _found_together(found, num_keys, settings.pivots)
+    candidates = torch.cat([together, _nearest_in_block(rows)], 1)
     forward = _prune(rows, candidates, degree)
-    neighbours = _prune(rows, torch.cat([forward, _reversed(forward)], 1), degree)
+    neighbours = _prune(rows, torch.cat([forward, _reversed(forward)], 1), degree - 1)
     popular = torch.bincount(found.flatten(), minlength=num_keys)
-    entries = popular.argsort(descending=True, stable=True)[:num_entries]
+    entries = popular.argsort(descending=True, stable=True)[: settings.num_entries]
+    neighbours = attach_orphans(neighbours, rows, entries)
     return Graph(neighbours.int(), entries.int())
 
 
 def nearest_keys(queries: Tensor, keys: Tensor, count: int) -> Tensor:
     """Return the keys with the largest inner products, best first, int64 [num_queries, count]."""
-    parts = [(part @ keys.mT).topk(count, 1).indices for part in queries.split(_ROWS)]
-    return torch.cat(parts)
+    parts = queries.split(max(1, _LOGITS // keys.shape[0]))
+    return torch.cat([(part @ keys.mT).topk(count, 1).indices for part in parts])
 
 
 def as_queries_see(keys: Tensor, queries: Tensor) -> Tensor:

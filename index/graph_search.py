@@ -71,15 +71,15 @@ def best_first(
         reached, fresh = _unseen(reached, seen)
         num_compared += int(fresh.sum())
         scores = torch.bmm(keys[head, reached.clamp_max(num_keys - 1)].float(), query.unsqueeze(2))
-        queue.push(scores.squeeze(2).masked_fill(~fresh, -torch.inf), reached)
-        nodes, live = queue.pop(width)
+        scores = scores.squeeze(2).masked_fill(~fresh, -torch.inf)
+        queue.push(scores, reached.masked_fill(~fresh, -1))
+        nodes, live = queue.pop(min(width, beam))
         if not bool(live.any()):
             break
         num_expanded += int(live.sum())
         edges = neighbours[head, nodes.clamp_min(0)].masked_fill(~live.unsqueeze(2), -1)
         reached = edges.flatten(1).long()
-    ids = queue.ids.masked_fill(torch.isinf(queue.scores), -1)
-    return Found(ids, queue.scores, num_compared, num_expanded)
+    return Found(queue.ids, queue.scores, num_compared, num_expanded)
 
 
 @dataclass(slots=True)

@@ -25,48 +25,10 @@ from offload.index.base import Hits, KeyIndex, agreed, require_finite
 from offload.index.candidates import best_of_group
 from offload.index.graph_build import Graph, build_graph
 from offload.index.graph_search import best_first
+from offload.index.graph_settings import GraphSettings
 
 _COMPARED_PER_PLACE = 6
 """Keys that a search compares for each place of its beam; measured at 16K to 128K keys."""
-
-
-@dataclass(frozen=True, slots=True)
-class GraphSettings:
-    """How a graph is built and searched.
-
-    Attributes
-    ----------
-    beam : int
-        Keys that a search remembers, or the budget if that is more.
-    width : int
-        Keys whose edges it follows at a time.
-    degree : int
-        Edges from a key, at most.
-    num_nearest : int
-        Keys that each query of the prefill is taken to find.
-    pivots : int
-        How many of them, the nearest first, are linked to the others; 1 as published.
-    num_entries : int
-        Keys where a search begins.
-    max_queries : int
-        Queries of the prefill that are looked at, spread evenly.
-    segment_tokens : int
-        Keys in one graph; a longer run is cut.
-    """
-
-    beam: int = 160
-    width: int = 2
-    degree: int = 16
-    num_nearest: int = 64
-    pivots: int = 64
-    num_entries: int = 8
-    max_queries: int = 16384
-    segment_tokens: int = 131072
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise ConfigError(f"{name}={value}; it is at least one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +67,8 @@ class ProjectionIndex(KeyIndex):
         keys, values : Tensor
             As ``KeyIndex.build`` says.
         queries : Tensor, shape (num_heads, num_queries, key_dim), optional
-            Of the prefill, those of all heads of a group; of any scale. Without them the keys stand
-            in, and the graph is one of the usual kind.
+            Of the prefill, those of all heads of a group; of any scale. Without them the keys of
+            a segment stand in, and its graph is one of the usual kind.
         **options
             Of ``GraphSettings``.
 
@@ -117,17 +79,13 @@ class ProjectionIndex(KeyIndex):
         """
         settings = GraphSettings(**options)
         require_finite(keys, values)
-        queries = keys if queries is None else queries
-        if queries.shape[0] != keys.shape[0] or queries.shape[1] == 0:
-            raise ConfigError(
-                f"queries of shape {tuple(queries.shape)} for keys of shape {tuple(keys.shape)}; "
-                "every head needs one at least"
-            )
-        if not bool(torch.isfinite(queries).all()):
-            raise ConfigError("a query of the prefill is not finite")
-        queries = queries[:, :: -(-queries.shape[1] // settings.max_queries)].float()
+        if queries is not None:
+            _check_queries(queries, keys)
         parts = keys.split(settings.segment_tokens, 1)
-        graphs = [[_graph(*rows, settings) for rows in zip(p, queries, strict=True)] for p in parts]
+        graphs = []
+        for part in parts:
+            asked = _some(part if queries is None else queries, settings.max_queries)
+            graphs.append([_graph(*rows, settings) for rows in zip(part, asked, strict=True)])
         return cls(
             settings,
             keys.clone(memory_format=torch.contiguous_format),
@@ -178,7 +136,7 @@ class ProjectionIndex(KeyIndex):
         found = [self._search(query, budget, number, run) for number, run in self._runs()]
         ids = torch.cat([part.ids for part in found], 2)
         scores = torch.cat([part.scores for part in found], 2)
-        best = best_of_group(ids, scores, budget)
+        best = best_of_group(ids, scores, min(budget, self.num_tokens))
         return Hits(best, sum(part.scanned_bytes for part in found))
 
     def _runs(self) -> Iterator[tuple[int, slice]]:
@@ -189,7 +147,8 @@ class ProjectionIndex(KeyIndex):
 
     def _search(self, query: Tensor, budget: int, number: int, run: slice) -> "_Found":
         """Search one segment."""
-        keys, beam = self.keys[:, run], max(self.settings.beam, budget)
+        keys = self.keys[:, run]
+        beam = self.settings.beam_for(keys.shape[1], budget)
         if _is_scanned(keys.shape[1], beam):
             logits = torch.bmm(query, keys.float().mT)
             scores, ids = logits.topk(min(beam, keys.shape[1]), 2)
@@ -219,22 +178,33 @@ class _Found:
     scanned_bytes: int
 
 
+def _check_queries(queries: Tensor, keys: Tensor) -> None:
+    num_heads, _, key_dim = keys.shape
+    if queries.shape[::2] != (num_heads, key_dim) or queries.shape[1] == 0:
+        raise ConfigError(
+            f"queries of shape {tuple(queries.shape)} for keys of shape {tuple(keys.shape)}; "
+            "every head needs one at least, as wide as its keys"
+        )
+    finite = torch.isfinite(queries)
+    if not bool(finite.all()):
+        head, number, _ = (~finite).nonzero()[0].tolist()
+        raise ConfigError(f"query {number} of head {head} is not finite")
+
+
+def _some(rows: Tensor, count: int) -> Tensor:
+    """Return at most so many of the rows of each head, spread evenly, in float32."""
+    return rows[:, :: -(-rows.shape[1] // count)].float()
+
+
 def _is_scanned(num_keys: int, beam: int) -> bool:
     return num_keys <= _COMPARED_PER_PLACE * beam
 
 
 def _graph(keys: Tensor, queries: Tensor, settings: GraphSettings) -> Graph:
     """Link the keys of one head; those of a run that is always scanned have no edges."""
-    if _is_scanned(keys.shape[0], settings.beam):
+    if _is_scanned(len(keys), settings.beam_for(len(keys), budget=0)):
         neighbours = torch.full((keys.shape[0], settings.degree), -1, device=keys.device)
         return Graph(neighbours.int(), neighbours.new_full((settings.num_entries,), -1).int())
-    graph = build_graph(
-        keys.float(),
-        queries,
-        degree=settings.degree,
-        num_nearest=settings.num_nearest,
-        pivots=settings.pivots,
-        num_entries=settings.num_entries,
-    )
+    graph = build_graph(keys.float(), queries, settings)
     missing = settings.num_entries - graph.entries.shape[0]
     return Graph(graph.neighbours, pad(graph.entries, (0, missing), value=-1))
