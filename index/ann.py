@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offload.index.base import Hits, KeyIndex, agreed, require_finite
+from offload.index.base import Combine, Hits, KeyIndex, agreed, require_finite
 from offload.index.candidates import best_of_group
 from offload.index.faiss_bridge import Workers, faiss_module, from_bytes, shared_workers
 from offload.index.faiss_kinds import AnnSettings, HeadIndex, Nearest, build_head
@@ -125,7 +125,7 @@ class AnnIndex(KeyIndex):
         ]
         return cls(settings, tuple(segments))
 
-    def search(self, query: Tensor, budget: int) -> Hits:  # noqa: D102
+    def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:  # noqa: D102
         if budget >= self.num_tokens:
             everything = torch.arange(self.num_tokens, device=query.device)
             return Hits(everything.repeat(self.num_heads, 1), 0)
@@ -144,7 +144,7 @@ class AnnIndex(KeyIndex):
             parts.append(_shifted(own, first))
             first += segment.num_tokens
         ids, scores = (torch.cat(tensors, 2) for tensors in zip(*parts, strict=True))
-        best = best_of_group(ids, scores, budget)
+        best = best_of_group(ids, scores, budget, group)
         return Hits(best.to(query.device), sum(nearest.scanned_bytes for nearest in found))
 
 

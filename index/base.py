@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from offload.errors import ConfigError
 from offload.types import Partial
 
 _T = TypeVar("_T")
+
+Combine = Literal["max", "sum"]
+"""How the queries of a group agree on what to read."""
 
 NO_TOKEN = -1
 """Fills the places of heads that found fewer tokens than others."""
@@ -140,7 +143,7 @@ class KeyIndex(ABC):
         """
 
     @abstractmethod
-    def search(self, query: Tensor, budget: int) -> Hits:
+    def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:
         """Return the tokens that the queries of each head need most.
 
         Parameters
@@ -150,6 +153,8 @@ class KeyIndex(ABC):
             their scores are combined after the softmax of each, never before.
         budget : int
             Tokens per head, at most.
+        group : {"max", "sum"}
+            How: see ``combine_shares``.
         """
 
     def expected_errors(self, query: Tensor, hits: Hits) -> Tensor:
@@ -195,20 +200,35 @@ class KeyIndex(ABC):
         return None
 
 
-def combine_group(logits: Tensor) -> Tensor:
-    """Return one score per key for a group of queries: the largest share any of them gives it.
+def combine_group(logits: Tensor, group: Combine = "max") -> Tensor:
+    """Return one score per key for a group of queries, from the softmax of each.
 
     Parameters
     ----------
     logits : Tensor, shape (num_heads, num_queries, num_keys)
+    group : {"max", "sum"}
 
     Returns
     -------
     Tensor, shape (num_heads, num_keys)
-        The log of that share, which unlike the share itself does not become zero for all other
-        keys when one is far ahead.
+        The log of a share, which unlike the share itself does not become zero for all other keys
+        when one is far ahead.
     """
-    return torch.log_softmax(logits, -1).amax(1)
+    return combine_shares(torch.log_softmax(logits, -1), group)
+
+
+def combine_shares(shares: Tensor, group: Combine) -> Tensor:
+    """Return one share per key for a group of queries.
+
+    Parameters
+    ----------
+    shares : Tensor, shape (num_heads, num_queries, num_keys)
+        Log of what each query gives to each key.
+    group : {"max", "sum"}
+        The largest of them: what a single query needs is not outvoted. Or their sum: the keys are
+        kept that weigh most in the group.
+    """
+    return shares.amax(1) if group == "max" else shares.logsumexp(1)
 
 
 def require_finite(keys: Tensor, values: Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from offload.index.base import Hits, KeyIndex, combine_group, require_finite
+from offload.index.base import Combine, Hits, KeyIndex, combine_group, require_finite
 from offload.index.chunks import Chunking, best_tokens, per_chunk
 
 
@@ -84,7 +84,7 @@ class BoundsIndex(KeyIndex):
         positive = torch.bmm(query.clamp_min(0), self.upper.float().mT)
         return torch.baddbmm(positive, query.clamp_max(0), self.lower.float().mT)
 
-    def search(self, query: Tensor, budget: int) -> Hits:  # noqa: D102
-        scores = combine_group(self.bounds(query))
+    def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:  # noqa: D102
+        scores = combine_group(self.bounds(query), group)
         ids = best_tokens(scores, self.chunking.lengths(query.device), budget)
         return Hits(ids, self.lower.nbytes + self.upper.nbytes)

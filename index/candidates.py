@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
-from offload.index.base import NO_TOKEN
+from offload.index.base import NO_TOKEN, Combine
 
 
-def best_of_group(ids: Tensor, scores: Tensor, budget: int) -> Tensor:
-    """Return the tokens with the largest share of any query's softmax over what it found.
+def best_of_group(
+    ids: Tensor, scores: Tensor, budget: int, group: Combine = "max"
+) -> Tensor:
+    """Return the tokens with the largest share of the softmaxes over what was found.
 
     Parameters
     ----------
@@ -16,6 +18,8 @@ def best_of_group(ids: Tensor, scores: Tensor, budget: int) -> Tensor:
     scores : Tensor, float32 [num_heads, num_queries, num_found]
         Logits; ``-inf`` where there is no token.
     budget : int
+    group : {"max", "sum"}
+        The largest share that any query gives a token counts, or the sum over queries.
 
     Returns
     -------
@@ -29,6 +33,9 @@ def best_of_group(ids: Tensor, scores: Tensor, budget: int) -> Tensor:
     is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
     place = is_first.cumsum(1) - 1
     tokens = torch.full_like(ids, NO_TOKEN).scatter_(1, place, ids)
-    shares = torch.full_like(shares, -torch.inf).scatter_reduce_(1, place, shares, "amax")
+    if group == "max":
+        shares = torch.full_like(shares, -torch.inf).scatter_reduce_(1, place, shares, "amax")
+    else:
+        shares = torch.zeros_like(shares).scatter_add_(1, place, shares.exp()).log()
     best = shares.topk(min(budget, shares.shape[1]), 1)
     return torch.where(torch.isinf(best.values), NO_TOKEN, tokens.gather(1, best.indices))

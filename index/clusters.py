@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from offload.index.base import Hits, KeyIndex, combine_group, require_finite
+from offload.index.base import Combine, Hits, KeyIndex, combine_group, require_finite
 from offload.index.kmeans import cluster_means, spherical_kmeans
 from offload.index.rest import remaining
 from offload.types import Partial
@@ -31,7 +31,7 @@ class Clusters:
     Attributes
     ----------
     centroids, value_means : Tensor, int8 [num_heads, num_clusters, dim]
-    centroid_scale, value_scale : Tensor, float16 [num_heads, num_clusters]
+    centroid_scale, value_scale : Tensor, bfloat16 [num_heads, num_clusters]
         Times these, the means of keys and values.
     counts : Tensor, int16 [num_heads, num_clusters]
     assignment : Tensor, uint8 or int16 [num_heads, num_tokens]
@@ -133,8 +133,9 @@ def cluster_segment(keys: Tensor, values: Tensor, tokens_per_cluster: int) -> Cl
 
 
 def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows as int8 ``[..., dim]`` and the scale ``[...]`` that they are in, float16."""
-    scale = (rows.abs().amax(-1) / 127).clamp_min(1e-7).to(torch.float16)
+    """Return rows as int8 ``[..., dim]`` and the scale ``[...]`` that they are in, bfloat16."""
+    # The scale is rounded by a 512th at most, and the largest entry must not need 128 of it.
+    scale = (rows.abs().amax(-1) / 126.5).clamp_min(1e-30).to(torch.bfloat16)
     return (rows / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scale
 
 
@@ -178,12 +179,12 @@ class ClusterIndex(KeyIndex):
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Self:  # noqa: D102
         return cls(restore_clusters(tensors, meta["sizes"]))
 
-    def search(self, query: Tensor, budget: int) -> Hits:  # noqa: D102
+    def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:  # noqa: D102
         clusters = self.clusters
         logits = torch.bmm(query, clusters.key_means().transpose(1, 2))
         # A cluster without keys has the mean zero, and no claim to the logit of it.
         logits = logits.masked_fill(clusters.counts.eq(0).unsqueeze(1), -math.inf)
-        shares = combine_group(logits)
+        shares = combine_group(logits, group)
         return Hits(
             best_tokens(shares, clusters.cluster_of(), min(budget, self.num_tokens)),
             clusters.centroids.numel() + 2 * clusters.centroid_scale.numel(),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from offload.index.base import Hits, KeyIndex, agreed, combine_group, require_finite
+from offload.index.base import Combine, Hits, KeyIndex, agreed, combine_group, require_finite
 from offload.index.chunks import Chunking, best_tokens, per_chunk
 
 
@@ -100,11 +100,11 @@ class MeanIndex(KeyIndex):
         chunking = Chunking(meta["chunk_tokens"], tuple(meta["runs"]))
         return cls(tensors["means"], chunking, meta["is_cosine"], meta["representatives"])
 
-    def search(self, query: Tensor, budget: int) -> Hits:  # noqa: D102
+    def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:  # noqa: D102
         means = self.means.float()
         if self.is_cosine:
             query, means = normalize(query, dim=-1), normalize(means, dim=-1)
-        scores = combine_group(torch.bmm(query, means.mT))
+        scores = combine_group(torch.bmm(query, means.mT), group)
         ids = best_tokens(scores, self.chunking.lengths(query.device), budget)
         return Hits(ids, self.means.nbytes)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from offload.errors import ConfigError
-from offload.index.base import Hits, KeyIndex, agreed, require_finite
+from offload.index.base import Combine, Hits, KeyIndex, agreed, require_finite
 from offload.index.candidates import best_of_group
 from offload.index.graph_build import Graph, build_graph
 from offload.index.graph_search import best_first
@@ -132,11 +132,11 @@ class ProjectionIndex(KeyIndex):
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Self:  # noqa: D102
         return cls(GraphSettings(**meta["settings"]), **tensors, sizes=tuple(meta["sizes"]))
 
-    def search(self, query: Tensor, budget: int) -> Hits:  # noqa: D102
+    def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:  # noqa: D102
         found = [self._search(query, budget, number, run) for number, run in self._runs()]
         ids = torch.cat([part.ids for part in found], 2)
         scores = torch.cat([part.scores for part in found], 2)
-        best = best_of_group(ids, scores, min(budget, self.num_tokens))
+        best = best_of_group(ids, scores, min(budget, self.num_tokens), group)
         return Hits(best, sum(part.scanned_bytes for part in found))
 
     def _runs(self) -> Iterator[tuple[int, slice]]:

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from offload.index.base import NO_TOKEN, Hits, KeyIndex, agreed, combine_group, require_finite
+from offload.index.base import (
+    NO_TOKEN,
+    Combine,
+    Hits,
+    KeyIndex,
+    agreed,
+    combine_group,
+    combine_shares,
+    require_finite,
+)
 from offload.index.clusters import (
     SEGMENT_TOKENS,
     Clusters,
@@ -108,7 +117,9 @@ class ResidualIndex(KeyIndex):
         clusters = replace(clusters, value_means=narrow, value_scale=scale)
         missed = values.float() - _rows(clusters.means_of_values(), number) - coded
         squares = torch.stack([missed.square().sum(-1), turned.square().sum(-1)], -1)
-        spread, radius = cluster_means(squares, number, means.shape[1])[0].sqrt().bfloat16().unbind(-1)
+        spread, radius = (
+            cluster_means(squares, number, means.shape[1])[0].sqrt().bfloat16().unbind(-1)
+        )
         coded_keys = encode(turned, settings.num_bits, unbiased=True)
         return cls(settings, clusters, coded_keys, codes, spread, radius)
 
@@ -170,8 +181,8 @@ class ResidualIndex(KeyIndex):
             tensors["radius"],
         )
 
-    def search(self, query: Tensor, budget: int) -> Hits:  # noqa: D102
-        estimate = self._estimate(query, budget)
+    def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:  # noqa: D102
+        estimate = self._estimate(query, budget, group)
         number = self.clusters.cluster_of().gather(1, estimate.tokens)
         missed = self.spread.float().gather(1, number).clamp_min(1e-12)
         scores = torch.where(estimate.valid, estimate.shares + missed.log(), -math.inf)
@@ -228,12 +239,12 @@ class ResidualIndex(KeyIndex):
         lengths = [num_tokens for num_tokens, _ in self.clusters.sizes]
         return Partial(out + self.values.sum(everywhere, lengths), lse)
 
-    def _estimate(self, query: Tensor, budget: int) -> "_Estimate":
+    def _estimate(self, query: Tensor, budget: int, group: Combine) -> "_Estimate":
         """Score clusters, then the tokens of the best of them: more of these than are wanted."""
         clusters = self.clusters
         logits = torch.bmm(query, clusters.key_means().mT)
         masses = logits + clusters.counts.float().log().unsqueeze(1)
-        scanned = self._best_clusters(query, masses, budget)
+        scanned = self._best_clusters(query, masses, budget, group)
         number = clusters.cluster_of()
         inside = scanned.gather(1, number)
         longest = int(inside.sum(1).max())
@@ -248,10 +259,10 @@ class ResidualIndex(KeyIndex):
         others = masses.masked_fill(scanned.unsqueeze(1), -math.inf)
         total = torch.logaddexp(per_token.logsumexp(-1), others.logsumexp(-1))
         # Reading a token costs little, missing one that matters much: hope for two deviations.
-        shares = (raw + 2 * variance.sqrt() - total.unsqueeze(-1)).amax(1)
+        shares = combine_shares(raw + 2 * variance.sqrt() - total.unsqueeze(-1), group)
         return _Estimate(tokens, valid, shares, per_token, others)
 
-    def _best_clusters(self, query: Tensor, masses: Tensor, budget: int) -> Tensor:
+    def _best_clusters(self, query: Tensor, masses: Tensor, budget: int, group: Combine) -> Tensor:
         """Return which clusters to scan, bool ``[num_heads, num_clusters]``.
 
         A key that matters may differ much from its cluster: clusters count as if their keys had a
@@ -259,7 +270,7 @@ class ResidualIndex(KeyIndex):
         """
         deviation = self.radius.float().unsqueeze(1) * query.norm(dim=-1, keepdim=True)
         hoped = masses + _DEVIATIONS / math.sqrt(query.shape[-1]) * deviation
-        order = combine_group(hoped).argsort(1, descending=True)
+        order = combine_group(hoped, group).argsort(1, descending=True)
         counts = self.clusters.counts.long().gather(1, order)
         wanted = max(int(self.settings.scan * self.num_tokens), 2 * budget)
         chosen = counts.cumsum(1) - counts < wanted

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from offload.index.base import Hits, KeyIndex, agreed, combine_group, require_finite
+from offload.index.base import Combine, Hits, KeyIndex, agreed, combine_group, require_finite
 from offload.index.chunks import Chunking, per_chunk
 from offload.index.rest import remaining
 from offload.types import Partial
@@ -88,10 +88,10 @@ class TopKIndex(KeyIndex):
         chunking = Chunking(meta["chunk_tokens"], tuple(meta["runs"]))
         return cls(tensors["keys"], tensors["value_means"], chunking, meta["renormalised"])
 
-    def search(self, query: Tensor, budget: int) -> Hits:  # noqa: D102
+    def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:  # noqa: D102
         blocks = self.keys.split(_BLOCK_TOKENS, 1)
         logits = torch.cat([torch.bmm(query, block.float().mT) for block in blocks], 2)
-        best = combine_group(logits).topk(min(budget, self.num_tokens), 1)
+        best = combine_group(logits, group).topk(min(budget, self.num_tokens), 1)
         return Hits(best.indices, self.keys.nbytes, logits)
 
     def tail(self, query: Tensor, hits: Hits, have: Tensor, values: Tensor) -> Partial | None:  # noqa: D102

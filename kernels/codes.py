@@ -28,7 +28,7 @@ class Codes(NamedTuple):
     ----------
     bits : Tensor, uint8 [..., num_bytes]
         Levels of the coordinates, the first in the lowest bits; the last byte may be part empty.
-    scale : Tensor, float16 [...]
+    scale : Tensor, bfloat16 [...]
         Times the inner product with the levels, it estimates the inner product with the vector.
     """
 
@@ -77,7 +77,7 @@ def encode(rotated: Tensor, num_bits: int, *, unbiased: bool) -> Codes:
         scale = torch.where(cosine > _MIN_COSINE, squared / along.clamp_min(1e-30), 0.0)
     else:
         scale = along / levels.square().sum(-1)
-    return Codes(_pack(numbers.to(torch.uint8), num_bits), scale.to(torch.float16))
+    return Codes(_pack(numbers.to(torch.uint8), num_bits), scale.to(torch.bfloat16))
 
 
 def inner_products(query: Tensor, codes: Codes, num_bits: int) -> Tensor:

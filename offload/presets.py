@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from offload.errors import ConfigError
-from offload.index.base import KeyIndex
+from offload.index.base import Combine, KeyIndex
 from offload.index.bounds import BoundsIndex
 from offload.index.clusters import ClusterIndex
 from offload.index.mean import MeanIndex
@@ -96,6 +96,7 @@ def customised(
     tail: bool | None = True,
     dense_layers: int | None = None,
     streaming_heads: HeadPattern | None = None,
+    group: Combine | None = None,
     sink_tokens: int | None = None,
     window_tokens: int | None = None,
 ) -> Preset:
@@ -117,6 +118,9 @@ def customised(
     streaming_heads : optional
         Heads that attend to sinks and window only: ``[num_layers][num_kv_heads]`` of bool, or a
         file as ``read_head_pattern`` reads it.
+    group : {"max", "sum"}, optional
+        How the query heads of a group agree on what to read: by the largest share that any of them
+        gives a token, or by the sum.
     sink_tokens, window_tokens : int, optional
         First and last tokens that are always attended.
 
@@ -141,6 +145,10 @@ def customised(
         changes |= {"error": _checked_error(error), "budget": changes.get("budget", 0.1)}
     if streaming_heads is not None:
         changes["streaming_heads"] = as_streaming_heads(streaming_heads)
+    if group is not None:
+        if group not in ("max", "sum"):
+            raise ConfigError(f"group={group!r} is neither 'max' nor 'sum'")
+        changes["group"] = group
     if not tail:
         changes["has_tail"] = False
     if not changes:

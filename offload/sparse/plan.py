@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from offload.index.base import KeyIndex
+from offload.index.base import Combine, KeyIndex
 from offload.sparse.segments import SegmentSizes
 
 
@@ -62,6 +62,8 @@ class SparsePlan:
         Layers from the first that read everything.
     streaming_heads : StreamingHeads or None
         Heads that are neither indexed nor read. Layers beyond its length have none.
+    group : {"max", "sum"}
+        How the queries of a group agree on what to read.
     max_queries : int
         A call with more queries is a prefill, which reads everything.
     has_tail : bool
@@ -83,6 +85,7 @@ class SparsePlan:
     window_tokens: int = 64
     dense_layers: int = 0
     streaming_heads: StreamingHeads | None = None
+    group: Combine = "max"
     max_queries: int = 64
     has_tail: bool = True
     sizes: SegmentSizes = field(default_factory=SegmentSizes)

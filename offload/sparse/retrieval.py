@@ -199,7 +199,7 @@ class Retrieval:
         return merged
 
     def _search(self, query: Tensor, index: KeyIndex, num_context: int) -> Hits:
-        hits = index.search(query, self.plan.tokens(num_context))
+        hits = index.search(query, self.plan.tokens(num_context), self.plan.group)
         if self.plan.error is not None:
             least = self.plan.error * self._steering.factor
             errors = index.expected_errors(query, hits)[:, :-1]

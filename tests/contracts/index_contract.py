@@ -101,6 +101,15 @@ class IndexContract(ABC):
             assert len(ids) == len(set(ids)) <= budget
             assert set(ids) <= set(range(num_tokens))
 
+    def test_groups_may_add_their_shares_instead_of_taking_the_largest(self) -> None:
+        query = torch.cat([random_rows(2, 1, 64, seed=1), random_rows(2, 1, 64, seed=3)], 1)
+        index = self.build(random_rows(2, 300, 64), random_rows(2, 300, 64))
+        by_sum, by_max = (index.search(query, 100, group).ids for group in ("sum", "max"))
+        assert by_sum.shape == by_max.shape
+        one = query[:, :1]
+        alone = [index.search(one, 100, group).ids.sort(1).values for group in ("sum", "max")]
+        assert torch.equal(*alone)
+
     @pytest.mark.parametrize("more", [0, 9])
     @pytest.mark.parametrize("num_tokens", [1, 5, 63, 333, 1000])
     def test_budget_of_all_tokens_finds_every_token(self, num_tokens: int, more: int) -> None:

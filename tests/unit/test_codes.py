@@ -147,4 +147,4 @@ def test_a_vector_along_one_coordinate_is_found_again(num_bits: int, length: flo
     turn = rotation(64)
     codes = encode(vector @ turn, num_bits, unbiased=True)
     found = inner_products(vector @ turn, codes, num_bits)
-    assert float(found) == pytest.approx(length**2, rel=2e-3)
+    assert float(found) == pytest.approx(length**2, rel=4e-3)
