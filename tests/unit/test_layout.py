@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = ("kernels", "tiers", "index", "prefetch")
-SUBPACKAGES = ("sessions", "sparse")
+SUBPACKAGES = ("evals", "sessions", "sparse")
 """Folders inside ``offload/`` itself."""
 ALL_FOLDERS = ("offload", *FOLDERS, "tests", "tools", "benchmarks")
 NOUNS = {"offload.errors", "offload.types"}
@@ -36,11 +36,13 @@ HUGGING_FACE = {
     "cache",
     "cli_demo",
     "cli_doctor",
+    "cli_eval",
     "cli_generate",
     "cli_resume",
     "cli_text",
     "demo",
     "demo_report",
+    "evals",
     "generate",
     "hybrid",
     "identity",
@@ -56,7 +58,7 @@ HUGGING_FACE = {
 }
 
 # Imported where they are found, and done without where they are not.
-OPTIONAL = {"triton"}
+OPTIONAL = {"matplotlib", "triton"}
 
 MAX_LINES = 400
 MAX_MEDIAN_LINES = 150
@@ -69,8 +71,13 @@ def python_files(*folders: str) -> list[Path]:
 
 def runtime_files() -> list[Path]:
     """List the files of the package that are not on the Hugging Face side."""
-    face = {ROOT / "offload" / f"{name}.py" for name in HUGGING_FACE}
-    return [file for file in python_files("offload", *FOLDERS) if file not in face]
+    face = [f"offload.{name}" for name in HUGGING_FACE]
+    files = python_files("offload", *FOLDERS)
+    return [file for file in files if not any(is_inside(module_name(file), name) for name in face)]
+
+
+def module_name(file: Path) -> str:
+    return relative(file).removesuffix(".py").replace("/", ".")
 
 
 def imported_modules(file: Path) -> Iterator[str]:
