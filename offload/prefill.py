@@ -31,7 +31,10 @@ def prefill(
     advance : callable
         Told after each pass how many tokens were read.
     """
-    for start in range(0, token_ids.shape[1], piece_tokens):
-        piece = token_ids[:, start : start + piece_tokens]
-        model.base_model(input_ids=piece, past_key_values=cache, use_cache=True)
-        advance(piece.shape[1])
+    # A short piece comes first: at the end, sparse policies would take it for a question.
+    first = token_ids.shape[1] % piece_tokens
+    pieces = [token_ids[:, :first]] if first else []
+    for piece in [*pieces, *token_ids[:, first:].split(piece_tokens, 1)]:
+        if piece.shape[1]:
+            model.base_model(input_ids=piece, past_key_values=cache, use_cache=True)
+            advance(piece.shape[1])

@@ -167,7 +167,7 @@ def _checked_budget(budget: object) -> float | int:
     if (
         isinstance(budget, bool)
         or not isinstance(budget, int | float)
-        or budget <= 0
+        or not budget > 0
         or (isinstance(budget, float) and budget > 1)
     ):
         raise ConfigError(

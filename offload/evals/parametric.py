@@ -23,6 +23,7 @@ _Array = NDArray[np.float64]
 _TOPIC_TOKENS, _NUM_TOPICS = 256, 64
 _FIRST_TRAIN_POSITION = 64
 _ROTARY_BASE = 5e5
+_PIECE = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,10 @@ def make_head(shape: Shape) -> Head:
     key_cone, query_cone = _cones(rng, shape.head_dim)
     weight = 0.4 + _slow(shape.head_dim)
     keys = (content @ basis) * np.sqrt(shape.head_dim) * 0.35 * weight + key_cone
-    keys = keys + 0.15 * rng.standard_normal(keys.shape)
-    keys = _rotate(keys, np.arange(shape.num_keys))
-    keys[0] = query_cone * 3 + 0.1 * rng.standard_normal(shape.head_dim)
+    _add_noise(keys, 0.15, rng)
+    rotated = _rotated(keys)
+    del keys
+    rotated[0] = query_cone * 3 + 0.1 * rng.standard_normal(shape.head_dim)
     inside = np.arange(_FIRST_TRAIN_POSITION, shape.num_keys)
     train_positions = np.sort(rng.choice(inside, shape.num_train_queries, replace=False))
 
@@ -99,9 +101,9 @@ def make_head(shape: Shape) -> Head:
     asked = np.full(shape.num_queries, shape.num_keys)
     queries = _rotate(ask(asked), asked + np.arange(shape.num_queries))
     values = content @ rng.standard_normal((shape.rank, shape.head_dim))
-    values = values + 0.5 * rng.standard_normal(values.shape)
+    _add_noise(values, 0.5, rng)
     return Head(
-        keys=torch.from_numpy(keys.astype(np.float32)),
+        keys=torch.from_numpy(rotated),
         values=torch.from_numpy(values.astype(np.float32)),
         queries=torch.from_numpy(queries.astype(np.float32)),
         train_queries=torch.from_numpy(train_queries.astype(np.float32)),
@@ -144,6 +146,22 @@ def _slow(dim: int) -> _Array:
     slow[dim // 4 : dim // 2] = 1
     slow[3 * dim // 4 :] = 1
     return slow
+
+
+def _add_noise(rows: _Array, scale: float, rng: Generator) -> None:
+    # In pieces, of which the generator makes the same numbers as of the whole.
+    for start in range(0, len(rows), _PIECE):
+        piece = rows[start : start + _PIECE]
+        piece += scale * rng.standard_normal(piece.shape)
+
+
+def _rotated(keys: _Array) -> NDArray[np.float32]:
+    """Rotate keys to their positions, in pieces: a million of them take gigabytes as it is."""
+    rotated = np.empty(keys.shape, np.float32)
+    for start in range(0, len(keys), _PIECE):
+        piece = keys[start : start + _PIECE]
+        rotated[start : start + _PIECE] = _rotate(piece, np.arange(start, start + len(piece)))
+    return rotated
 
 
 def _rotate(rows: _Array, positions: NDArray[np.int64]) -> _Array:

@@ -123,6 +123,10 @@ class Retrieval:
             return [], range(0)
         covered = self.plan.covered(ripe, size)
         if not covered or self._indexes is None:
+            positions = call.query.shape[2] * len(layer.rows)
+            self._store.counters.covered_tokens += (
+                len(covered) * size * self._store.layout.num_kv_heads * positions
+            )
             return [], covered
         parts = [
             self._attend_row(layer, call, row, ripe, covered) for row in range(len(layer.rows))

@@ -131,6 +131,7 @@ def test_self_check_measures_the_error_of_what_was_answered(budget: float, tmp_p
         ("adaptive", 0.0, "budget=0.0"),
         ("adaptive", 1.5, "budget=1.5"),
         ("adaptive", -3, "budget=-3"),
+        ("adaptive", float("nan"), "budget=nan"),
         ("adaptive", True, "budget=True"),
         ("adaptive", "1%", "budget='1%'"),
         ("streaming", -1, "budget=-1"),

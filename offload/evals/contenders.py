@@ -1,0 +1,81 @@
+"""What is compared: policies with budgets, processing questions sparsely or exactly."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from offload.errors import ConfigError
+from offload.presets import PRESETS, Preset, customised
+
+Protocol = Literal["B", "A"]
+
+PROTOCOLS = {
+    "B": "the document is processed exactly, question and answer sparsely",
+    "A": "document and question are processed exactly, the answer sparsely",
+}
+
+EXACT = "exact"
+
+_ERROR = "error="
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A policy as it takes part.
+
+    Attributes
+    ----------
+    name : str
+        As the user wrote it.
+    preset : Preset
+        With the budget, and processing questions as the protocol says.
+    asks_exactly : bool
+        A question is processed exactly, in one forward pass.
+    """
+
+    name: str
+    preset: Preset
+    asks_exactly: bool
+
+    @property
+    def piece_tokens(self) -> int | None:
+        """Most tokens of one forward pass that is to be sparse; None if none is."""
+        return None if self.preset.sparse is None else self.preset.sparse.max_queries
+
+
+def find_contender(name: str, protocol: Protocol) -> Contender:
+    """Read ``POLICY`` or ``POLICY:BUDGET``, as in ``adaptive:0.004``, or ``POLICY:error=ERROR``.
+
+    Parameters
+    ----------
+    name : str
+        A budget with a point is a share of the context, one without is a number of tokens.
+    protocol : {"B", "A"}
+
+    Raises
+    ------
+    ConfigError
+        There is no such policy, or it takes no such budget or error.
+    """
+    policy, colon, text = name.partition(":")
+    if policy not in PRESETS:
+        raise ConfigError(f"unknown policy {policy!r}; known: {', '.join(PRESETS)}")
+    preset = PRESETS[policy]
+    if colon and text.startswith(_ERROR):
+        preset = customised(policy, error=_read_number(name, text.removeprefix(_ERROR)))
+    elif colon:
+        preset = customised(policy, budget=_read_number(name, text))
+    if preset.sparse is not None and protocol == "A":
+        # A call with more queries than this is exact, and a question has more than one token.
+        preset = replace(preset, sparse=replace(preset.sparse, max_queries=1))
+    return Contender(name, preset, protocol == "A")
+
+
+def _read_number(name: str, text: str) -> float | int:
+    try:
+        number = int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise ConfigError(f"{name!r} is no policy with a budget: {text!r} is no number")
+    return number
