@@ -6,9 +6,7 @@ from torch import Tensor
 from offload.index.base import NO_TOKEN, Combine
 
 
-def best_of_group(
-    ids: Tensor, scores: Tensor, budget: int, group: Combine = "max"
-) -> Tensor:
+def best_of_group(ids: Tensor, scores: Tensor, budget: int, group: Combine = "max") -> Tensor:
     """Return the tokens with the largest share of the softmaxes over what was found.
 
     Parameters
@@ -33,9 +31,10 @@ def best_of_group(
     is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
     place = is_first.cumsum(1) - 1
     tokens = torch.full_like(ids, NO_TOKEN).scatter_(1, place, ids)
-    if group == "max":
-        shares = torch.full_like(shares, -torch.inf).scatter_reduce_(1, place, shares, "amax")
-    else:
-        shares = torch.zeros_like(shares).scatter_add_(1, place, shares.exp()).log()
-    best = shares.topk(min(budget, shares.shape[1]), 1)
+    combined = torch.full_like(shares, -torch.inf).scatter_reduce_(1, place, shares, "amax")
+    if group == "sum":
+        # Relative to the largest, as a sum of shares themselves is zero far behind the best.
+        relative = (shares - combined.gather(1, place)).nan_to_num(nan=0.0).exp()
+        combined += torch.zeros_like(shares).scatter_add_(1, place, relative).log()
+    best = combined.topk(min(budget, combined.shape[1]), 1)
     return torch.where(torch.isinf(best.values), NO_TOKEN, tokens.gather(1, best.indices))

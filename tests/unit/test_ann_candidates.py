@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from offload.index.base import Combine
 from offload.index.candidates import best_of_group
 
 
@@ -26,6 +27,13 @@ def test_heads_that_found_fewer_are_filled_up(budget: int) -> None:
     best = best_of_group(ids, scores, budget)
     expected = torch.tensor([[3, -1, -1], [8, 9, 1], [-1, -1, -1]])[:, :budget]
     assert torch.equal(best, expected)
+
+
+@pytest.mark.parametrize("group", ["max", "sum"])
+def test_tokens_far_behind_the_best_are_kept_in_their_order(group: Combine) -> None:
+    ids = torch.tensor([[[4, 6, 5, -1], [4, 5, -1, -1]]])
+    scores = torch.tensor([[[900.0, 100.0, 300.0, -math.inf], [900.0, 300.0] + [-math.inf] * 2]])
+    assert best_of_group(ids, scores, 9, group)[0].tolist() == [4, 5, 6, -1, -1, -1, -1, -1]
 
 
 def test_nothing_found_gives_nothing() -> None:
