@@ -35,7 +35,7 @@ from offload.index.clusters import (
     restore_clusters,
     to_int8,
 )
-from offload.index.kmeans import cluster_means
+from offload.index.kmeans import cluster_means, rows_of_clusters
 from offload.index.value_codes import (
     ValueCodes,
     code_values,
@@ -97,17 +97,28 @@ class ResidualIndex(KeyIndex):
     def build(cls, keys: Tensor, values: Tensor, **options: Any) -> Self:  # noqa: D102
         settings = Settings(**options)
         require_finite(keys, values)
+        # New memory costs a CPU as much as arithmetic does, unless it is little and used again.
+        step = 1 if keys.device.type == "cpu" else len(keys)
+        heads = zip(keys.split(step), values.split(step), strict=True)
+        parts = [cls._build_heads(*rows, settings) for rows in heads]
+        named = [part.tensors() for part in parts]
+        tensors = {name: torch.cat([own[name] for own in named]) for name in named[0]}
+        return cls.restore(tensors, parts[0].meta())
+
+    @classmethod
+    def _build_heads(cls, keys: Tensor, values: Tensor, settings: Settings) -> Self:
         segments = zip(keys.split(SEGMENT_TOKENS, 1), values.split(SEGMENT_TOKENS, 1), strict=True)
         return cls.join([cls._build_segment(*segment, settings) for segment in segments])
 
     @classmethod
     def _build_segment(cls, keys: Tensor, values: Tensor, settings: Settings) -> Self:
+        keys, values = keys.float(), values.float()
         clusters = cluster_segment(keys, values, settings.tokens_per_cluster)
         number = clusters.cluster_of()
-        residuals = keys.float() - _rows(clusters.key_means(), number)
+        residuals = keys - rows_of_clusters(clusters.key_means(), number)
         turned = residuals @ rotation(keys.shape[-1]).to(keys.device)
         means = clusters.means_of_values()
-        residuals = values.float() - _rows(means, number)
+        residuals = values - rows_of_clusters(means, number)
         codes = code_values(residuals)
         coded = codes.decode()
         # Coded residuals do not sum to zero as true ones do; the means make up for it, so that a
@@ -115,8 +126,8 @@ class ResidualIndex(KeyIndex):
         means = means - cluster_means(coded, number, means.shape[1])[0]
         narrow, scale = to_int8(means)
         clusters = replace(clusters, value_means=narrow, value_scale=scale)
-        missed = values.float() - _rows(clusters.means_of_values(), number) - coded
-        squares = torch.stack([missed.square().sum(-1), turned.square().sum(-1)], -1)
+        missed = values - rows_of_clusters(clusters.means_of_values(), number) - coded
+        squares = torch.stack([missed.norm(dim=-1), turned.norm(dim=-1)], -1).square()
         spread, radius = (
             cluster_means(squares, number, means.shape[1])[0].sqrt().bfloat16().unbind(-1)
         )
@@ -313,7 +324,3 @@ class _Estimate:
     logits: Tensor
     others: Tensor
     places: Tensor | None = None
-
-
-def _rows(means: Tensor, number: Tensor) -> Tensor:
-    return means.gather(1, number.unsqueeze(-1).expand(-1, -1, means.shape[-1]))
