@@ -1,4 +1,3 @@
-import gc
 import os
 import subprocess
 import sys
@@ -32,6 +31,28 @@ assert os.waitpid(child, 0)[1] == 0
 assert torch.equal(index.search(query, 30).ids, expected)
 """
 
+# In a process of its own, where no other test has left an index.
+_THREADS_END = """
+import gc
+import threading
+import torch
+from offload.index.ann import AnnIndex
+
+keys = torch.randn(2, 40, 8)
+index = AnnIndex.build(keys, keys)
+other = AnnIndex.join([index, index])
+threads = [t for t in threading.enumerate() if t.name.startswith("offload-faiss")]
+assert threads
+del index
+gc.collect()
+assert all(thread.is_alive() for thread in threads)
+del other
+gc.collect()
+for thread in threads:
+    thread.join(10)
+    assert not thread.is_alive()
+"""
+
 _LAZY = """
 import sys
 import offload
@@ -47,15 +68,6 @@ def rows(*shape: int) -> torch.Tensor:
 
 def faiss_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("offload-faiss")]
-
-
-@pytest.fixture
-def no_threads() -> None:
-    """Wait for the threads of indexes that other tests made."""
-    gc.collect()
-    for thread in faiss_threads():
-        thread.join(10)
-    assert not faiss_threads()
 
 
 def run(script: str) -> None:
@@ -77,23 +89,10 @@ def test_forked_child_searches_the_index_it_inherited_and_builds_its_own() -> No
     run(_FORK)
 
 
-@pytest.mark.usefixtures("no_threads")
 def test_threads_end_with_the_last_index_that_uses_them() -> None:
-    index = AnnIndex.build(rows(2, 40, 8), rows(2, 40, 8))
-    other = AnnIndex.join([index, index])
-    threads = faiss_threads()
-    assert threads
-    del index
-    gc.collect()
-    assert all(thread.is_alive() for thread in threads)
-    del other
-    gc.collect()
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive()
+    run(_THREADS_END)
 
 
-@pytest.mark.usefixtures("no_threads")
 def test_all_indexes_share_the_same_threads() -> None:
     workers = shared_workers()
     indexes = [AnnIndex.build(rows(4, 40, 8), rows(4, 40, 8)) for _ in range(5)]
