@@ -194,8 +194,7 @@ class ResidualIndex(KeyIndex):
 
     def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:  # noqa: D102
         estimate = self._estimate(query, budget, group)
-        number = self.clusters.cluster_of().gather(1, estimate.tokens)
-        missed = self.spread.float().gather(1, number).clamp_min(1e-12)
+        missed = self.spread.float().gather(1, estimate.own).clamp_min(1e-12)
         scores = torch.where(estimate.valid, estimate.shares + missed.log(), -math.inf)
         best = scores.topk(min(budget, scores.shape[1]), dim=1)
         estimate = replace(estimate, places=best.indices)
@@ -213,15 +212,13 @@ class ResidualIndex(KeyIndex):
         lse = torch.logaddexp(estimate.logits.logsumexp(-1), estimate.others.logsumexp(-1))
         tokens = (estimate.logits - lse.unsqueeze(-1)).exp()
         clusters = (estimate.others - lse.unsqueeze(-1)).exp()
-        number = self.clusters.cluster_of().gather(1, estimate.tokens)
         # Errors of single tokens are independent, so their squares add up.
-        squares = (tokens * spread.gather(1, number).unsqueeze(1)).square()
+        squares = (tokens * spread.gather(1, estimate.own).unsqueeze(1)).square()
         counts = self.clusters.counts.clamp_min(1)
         fixed = ((clusters * spread.unsqueeze(1)).square() / counts.unsqueeze(1)).sum(-1)
         read = squares.gather(2, estimate.places.unsqueeze(1).expand(-1, squares.shape[1], -1))
         left = squares.sum(-1, keepdim=True) - pad(read.cumsum(-1), (1, 0))
-        weights = clusters.scatter_add(2, number.unsqueeze(1).expand_as(tokens), tokens)
-        length = torch.bmm(weights, self.clusters.means_of_values()).norm(dim=-1, keepdim=True)
+        length = self._means(estimate, tokens, clusters).norm(dim=-1, keepdim=True)
         error = (left.clamp_min(0) + fixed.unsqueeze(-1)).sqrt() / length.clamp_min(1e-12)
         worst: Tensor = error.amax(1)
         return worst
@@ -239,16 +236,17 @@ class ResidualIndex(KeyIndex):
         lse = torch.logaddexp(tokens.logsumexp(-1), estimate.others.logsumexp(-1))
         peak = lse.nan_to_num(neginf=0.0).unsqueeze(-1)
         token_weights, weights = (tokens - peak).exp(), (estimate.others - peak).exp()
-        number = self.clusters.cluster_of().gather(1, estimate.tokens)
         # A scanned token stands for its cluster's mean and its own coded residual.
-        weights = weights.scatter_add(
-            2, number.unsqueeze(1).expand_as(token_weights), token_weights
-        )
-        out = torch.bmm(weights, self.clusters.means_of_values())
+        out = self._means(estimate, token_weights, weights)
         everywhere = token_weights.new_zeros(*token_weights.shape[:2], self.num_tokens)
         everywhere.scatter_(2, estimate.tokens.unsqueeze(1).expand_as(token_weights), token_weights)
         lengths = [num_tokens for num_tokens, _ in self.clusters.sizes]
         return Partial(out + self.values.sum(everywhere, lengths), lse)
+
+    def _means(self, estimate: "_Estimate", tokens: Tensor, clusters: Tensor) -> Tensor:
+        """Sum the value means of clusters, weighted by scanned tokens and by other clusters."""
+        places = estimate.own.unsqueeze(1).expand_as(tokens)
+        return torch.bmm(clusters.scatter_add(2, places, tokens), self.clusters.means_of_values())
 
     def _estimate(self, query: Tensor, budget: int, group: Combine) -> "_Estimate":
         """Score clusters, then the tokens of the best of them: more of these than are wanted."""
@@ -258,12 +256,11 @@ class ResidualIndex(KeyIndex):
         scanned = self._best_clusters(query, masses, budget, group)
         number = clusters.cluster_of()
         inside = scanned.gather(1, number)
-        longest = int(inside.sum(1).max())
-        tokens = inside.int().sort(dim=1, descending=True, stable=True).indices[:, :longest]
-        valid = inside.gather(1, tokens)
-        own = number.gather(1, tokens).unsqueeze(1).expand(-1, query.shape[1], -1)
+        tokens, valid = _places_of(inside)
+        own = number.gather(1, tokens)
         residual, variance = self._residual_logits(query, tokens)
-        raw = (logits.gather(2, own) + residual).masked_fill(~valid.unsqueeze(1), -math.inf)
+        of_cluster = logits.gather(2, own.unsqueeze(1).expand(-1, query.shape[1], -1))
+        raw = (of_cluster + residual).masked_fill(~valid.unsqueeze(1), -math.inf)
         # The mean of exp(x + noise) is exp(x + variance / 2). Half of that is taken out: tokens
         # whose noise was upward are mostly read, and those that are left err downward already.
         per_token = raw - variance / 4
@@ -271,7 +268,7 @@ class ResidualIndex(KeyIndex):
         total = torch.logaddexp(per_token.logsumexp(-1), others.logsumexp(-1))
         # Reading a token costs little, missing one that matters much: hope for two deviations.
         shares = combine_shares(raw + 2 * variance.sqrt() - total.unsqueeze(-1), group)
-        return _Estimate(tokens, valid, shares, per_token, others)
+        return _Estimate(tokens, own, valid, shares, per_token, others)
 
     def _best_clusters(self, query: Tensor, masses: Tensor, budget: int, group: Combine) -> Tensor:
         """Return which clusters to scan, bool ``[num_heads, num_clusters]``.
@@ -306,7 +303,8 @@ class _Estimate:
 
     Attributes
     ----------
-    tokens : Tensor, int64 [num_heads, num_scanned]
+    tokens, own : Tensor, int64 [num_heads, num_scanned]
+        Those that were scanned, and the cluster of each.
     valid : Tensor, bool, likewise
     shares : Tensor, shape (num_heads, num_scanned)
         Log of the largest share of the softmax that any query may give a token.
@@ -319,8 +317,19 @@ class _Estimate:
     """
 
     tokens: Tensor
+    own: Tensor
     valid: Tensor
     shares: Tensor
     logits: Tensor
     others: Tensor
     places: Tensor | None = None
+
+
+def _places_of(inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where each row is true, in order, and which of these places are no filling."""
+    counts = inside.sum(1, keepdim=True)
+    longest = int(counts.max())
+    rank = torch.where(inside, inside.cumsum(1) - 1, longest)
+    every = torch.arange(inside.shape[1], device=inside.device).expand_as(rank)
+    places = rank.new_zeros(len(rank), longest + 1).scatter_(1, rank, every)[:, :longest]
+    return places, torch.arange(longest, device=inside.device) < counts

@@ -42,7 +42,7 @@ class IndexBuilder:
     """Builds indexes, on a thread of its own or at once.
 
     Only the thread that holds the engine's lock calls methods. Chunks that a build reads are
-    protected until the first call after its end.
+    protected until the next build begins or is asked for.
 
     Parameters
     ----------
@@ -71,9 +71,9 @@ class IndexBuilder:
 
         Waits for an earlier one if too many are under way.
         """
-        self.reap()
         if job.chunks in self._running or job.chunks in self._done:
-            return
+            return  # at once: while a prompt is read this is asked for every segment so far
+        self.reap()
         while len(self._running) >= _MAX_RUNNING:
             next(iter(self._running.values())).exception()
             self.reap()

@@ -113,8 +113,10 @@ class Retrieval:
         covered : range
             The chunks it is about; the others are the caller's.
         """
+        if layer.number < self.plan.dense_layers or not _is_plain(call):
+            return [], range(0)
         hidden = _hidden_tokens(call.mask)
-        if layer.number < self.plan.dense_layers or not _is_plain(call) or hidden is None:
+        if hidden is None:
             return [], range(0)
         size = self._store.layout.chunk_tokens
         ripe = self.plan.ripe(layer.num_past_chunks, size, layer.num_context, hidden)

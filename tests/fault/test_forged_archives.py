@@ -1,6 +1,6 @@
 """Archives with right checksums and wrong facts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,8 @@ from offload.types import PAGE_BYTES
 from tests.support.archives import (
     TINY,
     compress,
-    export_tiny,
     forge,
     members_of,
-    occupied_store,
     refuse,
     tar_of,
     unchanged,
@@ -31,23 +29,6 @@ from tests.support.sessions import (
     save,
     small_store,
 )
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[SessionStore]:
-    with occupied_store(tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_tiny(tmp_path_factory.mktemp("good"))
-
-
-@pytest.fixture
-def bad(tmp_path: Path) -> Path:
-    """Where a test puts its archive."""
-    return tmp_path / "bad.kv.tar.zst"
 
 
 @pytest.mark.parametrize(

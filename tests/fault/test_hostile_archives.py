@@ -2,7 +2,7 @@
 
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +21,8 @@ from tests.support.archives import (
     TINY,
     compress,
     decompress,
-    export_tiny,
     frame,
     members_of,
-    occupied_store,
     refuse,
     tar_of,
     tiny_content,
@@ -34,23 +32,6 @@ from tests.support.sessions import (
     read_back,
     small_store,
 )
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[SessionStore]:
-    with occupied_store(tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_tiny(tmp_path_factory.mktemp("good"))
-
-
-@pytest.fixture
-def bad(tmp_path: Path) -> Path:
-    """Where a test puts its archive."""
-    return tmp_path / "bad.kv.tar.zst"
 
 
 def renamed(name: str) -> Callable[[tarfile.TarInfo], tarfile.TarInfo]:

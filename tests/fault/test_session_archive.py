@@ -1,7 +1,7 @@
 """Archives that are damaged or change, and disks that fail on the way."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,6 @@ from offload.types import PAGE_BYTES
 from tests.support.archives import (
     compress,
     decompress,
-    export_tiny,
-    occupied_store,
     refuse,
     tiny_content,
     unchanged,
@@ -27,23 +25,6 @@ from tests.support.sessions import (
     save,
     small_store,
 )
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[SessionStore]:
-    with occupied_store(tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_tiny(tmp_path_factory.mktemp("good"))
-
-
-@pytest.fixture
-def bad(tmp_path: Path) -> Path:
-    """Where a test puts its archive."""
-    return tmp_path / "bad.kv.tar.zst"
 
 
 def test_truncated_archive_is_refused_wherever_it_ends(
