@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from offload.errors import CapacityError, DiskFull, StorageError
 from offload.stats import Counters
@@ -20,10 +19,9 @@ from offload.tiers.faulty import FaultyTier
 from offload.tiers.memory import MemoryTier
 from offload.tiers.pool import page_aligned
 from offload.tiers.syscalls import VectoredCall
-from offload.types import ChunkId, ChunkLayout
 from tests.support.disk import WAIT_S, FlakyCall, fail_with, make_disk_tier
+from tests.support.stores import LAYOUT, Contents, check, put
 
-LAYOUT = ChunkLayout(2, 4, 8, 8, torch.float32)
 NUM_LAYERS = 2
 NUM_BUFFERS = 4
 DISK_SLOTS = 16
@@ -71,22 +69,6 @@ def open_store(tmp_path: Path) -> Iterator[OpenStore]:
     for i, store in enumerate(stores):
         store.close()
         assert list((tmp_path / f"disk-{i}").iterdir()) == []
-
-
-def put(store: ChunkStore, n: int, seed: int, layer: int = 0) -> dict[ChunkId, Tensor]:
-    """Put ``n`` chunks in one call; return what each must read back as."""
-    shape = (1, 2, n * LAYOUT.chunk_tokens, 8)
-    generator = torch.Generator().manual_seed(seed)
-    keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
-    columns = store.put(layer, 0, keys, values)
-    both = torch.cat([keys, values], -1)[0].split(LAYOUT.chunk_tokens, 1)
-    return {chunk: content for [chunk], content in zip(columns, both, strict=True)}
-
-
-def check(store: ChunkStore, expected: dict[ChunkId, Tensor]) -> None:
-    store.check_integrity()
-    for chunk, content in expected.items():
-        assert torch.equal(store.read_chunk(chunk), content)
 
 
 def failures(store: ChunkStore) -> tuple[int, int, int]:
@@ -162,7 +144,7 @@ def test_held_chunks_give_their_buffers_to_the_next_put_once_the_disk_has_recove
 ) -> None:
     pwritev = FlakyCall(os.pwritev, fail_with(errno.EIO))
     store = open_store(0, pwritev=pwritev)
-    expected: dict[ChunkId, Tensor] = {}
+    expected: Contents = {}
     for seed in range(NUM_BUFFERS):
         expected |= put(store, 1, seed)
         with pytest.raises(StorageError):
@@ -210,7 +192,7 @@ def test_put_goes_on_while_the_disk_is_full_until_memory_is_full_too(
     open_store: OpenStore,
 ) -> None:
     store = open_store(12, pwritev=FlakyCall(os.pwritev, fail_with(errno.ENOSPC)))
-    expected: dict[ChunkId, Tensor] = {}
+    expected: Contents = {}
 
     def put_without_end() -> None:
         for seed in range(100):
@@ -235,7 +217,7 @@ def test_any_sequence_of_puts_and_releases_on_a_failing_disk_loses_nothing(
     store = open_store(5, faults=faults, policy=policy)
     disk = store.tiers[DISK]
     assert isinstance(disk, FaultyTier)
-    expected: dict[ChunkId, Tensor] = {}
+    expected: Contents = {}
     for step in range(120):
         with contextlib.suppress(StorageError, CapacityError):
             if choose.random() < 0.6:

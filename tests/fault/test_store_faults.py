@@ -20,10 +20,10 @@ from offload.store import ChunkStore
 from offload.tiers.eviction import KeepFirst
 from offload.tiers.pool import as_chunk, page_aligned
 from offload.tiers.syscalls import VectoredCall
-from offload.types import ChunkId, ChunkLayout
+from offload.types import ChunkId
 from tests.support.disk import WAIT_S, FlakyCall, Gate, fail_with, make_disk_tier
+from tests.support.stores import LAYOUT, check, put
 
-LAYOUT = ChunkLayout(2, 4, 8, 8, torch.float32)
 CPU = torch.device("cpu")
 
 
@@ -62,22 +62,6 @@ def gate() -> Iterator[Gate]:
     gate = Gate()
     yield gate
     gate.open()
-
-
-def put(store: ChunkStore, n: int, seed: int, layer: int = 0) -> dict[ChunkId, Tensor]:
-    """Put ``n`` chunks in one call; return what each must read back as."""
-    shape = (1, 2, n * LAYOUT.chunk_tokens, 8)
-    generator = torch.Generator().manual_seed(seed)
-    keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
-    columns = store.put(layer, 0, keys, values)
-    both = torch.cat([keys, values], -1)[0].split(LAYOUT.chunk_tokens, 1)
-    return {chunk: content for [chunk], content in zip(columns, both, strict=True)}
-
-
-def check(store: ChunkStore, expected: dict[ChunkId, Tensor]) -> None:
-    store.check_integrity()
-    for chunk, content in expected.items():
-        assert torch.equal(store.read_chunk(chunk), content)
 
 
 def settle(store: ChunkStore) -> None:

@@ -4,20 +4,16 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from transformers import DynamicCache
 
 from offload.cli import main
 from offload.cli_generate import parse_capacity, read_prompt
 from offload.errors import ConfigError
 from offload.recall_data import build_document
 from offload.recall_model import load_recall_model
+from tests.support.continuation import NEW_TOKENS, continued
 from tests.support.models import make_model
-
-_NEW_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +27,7 @@ def prompt() -> str:
 @pytest.fixture(scope="module")
 def expected(prompt: str) -> str:
     """What the shipped model makes of the prompt on a DynamicCache."""
-    model, tokenizer = load_recall_model()
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    call: Any = model.generate
-    output = call(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=DynamicCache(config=model.config),
-        max_new_tokens=_NEW_TOKENS,
-        do_sample=False,
-    )
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    return continued(prompt)
 
 
 @pytest.fixture
@@ -50,7 +36,7 @@ def generate(tmp_path: Path) -> Callable[..., int]:
 
     def run(*arguments: str, model: str = "recall") -> int:
         disk = [] if "--tiers" in arguments else ["--disk-path", str(tmp_path / "disk")]
-        count = ["--max-new-tokens", str(_NEW_TOKENS), "--threads", "1"]
+        count = ["--max-new-tokens", str(NEW_TOKENS), "--threads", "1"]
         return main(["generate", "--model", model, *count, *disk, *arguments])
 
     return run
@@ -73,8 +59,8 @@ def test_generate_on_a_cache_that_does_not_fit_gives_the_same_text_through_the_d
     data = json.loads(capsys.readouterr().out)
     assert data["text"] == expected
     assert data["prompt_tokens"] == len(prompt)
-    assert data["new_tokens"] == _NEW_TOKENS
-    assert data["stats"]["num_tokens"] == len(prompt) + _NEW_TOKENS - 1
+    assert data["new_tokens"] == NEW_TOKENS
+    assert data["stats"]["num_tokens"] == len(prompt) + NEW_TOKENS - 1
     assert data["stats"]["tiers"]["disk"]["loaded_bytes"] > 0
     assert data["stats"]["tiers"]["gpu"]["capacity_bytes"] == 512 * 1024
 
@@ -157,7 +143,7 @@ def test_generate_with_a_one_token_prompt_on_a_folder_works(
     load_recall_model()[1].save_pretrained(folder)
     assert generate("--prompt", "A", "--json", model=str(folder)) == 0
     data = json.loads(capsys.readouterr().out)
-    assert (data["prompt_tokens"], data["new_tokens"]) == (1, _NEW_TOKENS)
+    assert (data["prompt_tokens"], data["new_tokens"]) == (1, NEW_TOKENS)
 
 
 def test_generate_with_a_missing_folder_says_so_in_one_line_and_leaves_nothing(

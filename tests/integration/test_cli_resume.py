@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 
 from offload.cli import main
 from offload.recall_data import build_document
 from offload.recall_model import load_recall_model
+from tests.support.continuation import NEW_TOKENS, continued
 from tests.support.models import make_model
 from tests.support.sessions import make_content, save, small_store
 
-_NEW_TOKENS = 12
 _CHUNK_TOKENS = 64
 
 Generate = Callable[..., dict[str, Any]]
@@ -43,7 +42,7 @@ def run(tmp_path: Path, root: Path) -> Callable[..., int]:
 
     def run(*arguments: str, model: str = "recall") -> int:
         always = ["--disk-path", str(tmp_path / "disk"), "--root", str(root), "--threads", "1"]
-        count = ["--max-new-tokens", str(_NEW_TOKENS)]
+        count = ["--max-new-tokens", str(NEW_TOKENS)]
         return main(["generate", "--model", model, *count, *always, *arguments])
 
     return run
@@ -60,21 +59,6 @@ def generate(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Gen
         return data
 
     return generate
-
-
-def continued(text: str) -> str:
-    """Return what the shipped model makes of a text on a DynamicCache."""
-    model, tokenizer = load_recall_model()
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    call: Any = model.generate
-    output = call(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=DynamicCache(config=model.config),
-        max_new_tokens=_NEW_TOKENS,
-        do_sample=False,
-    )
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 @pytest.mark.parametrize("capacity", ["", "gpu=512KiB,cpu=512KiB,disk=64MiB"])
@@ -137,7 +121,7 @@ def test_generate_with_stats_says_how_much_was_resumed(
     assert run("--prompt", "In the beginning", "--session", "chat") == 0
     assert run("--prompt", " and then", "--session", "chat", "--stats") == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
-    assert f"resumed {len('In the beginning') + _NEW_TOKENS} tokens" in lines
+    assert f"resumed {len('In the beginning') + NEW_TOKENS} tokens" in lines
     assert any(line.startswith("prompt 9 tokens in ") for line in lines)
 
 
@@ -156,7 +140,7 @@ def test_generate_prints_the_text_before_it_finds_no_room_to_save_it(
     small_store(root, quota="9MiB").close()
     assert run("--prompt", prompts[0] * 2, "--session", "chat") == 2
     printed = capsys.readouterr()
-    assert len(printed.out) > _NEW_TOKENS
+    assert len(printed.out) > NEW_TOKENS
     assert "used of the quota of 9 MiB" in printed.err.splitlines()[-1]
     with small_store(root) as store:
         assert store.list() == []
@@ -171,7 +155,7 @@ def test_generate_saves_the_whole_text_though_nobody_reads_it(
     os.close(reader)
     arguments = ["--model", "recall", "--session", "chat", "--prompt", prompts[0], *options]
     folders = ["--root", str(root), "--disk-path", str(tmp_path / "disk"), "--threads", "1"]
-    count = ["--max-new-tokens", str(_NEW_TOKENS)]
+    count = ["--max-new-tokens", str(NEW_TOKENS)]
     command = [sys.executable, "-m", "offload.cli", "generate", *arguments, *folders, *count]
     buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # what is kept back is written at exit
     with open(writer, "wb") as output:
