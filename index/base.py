@@ -3,18 +3,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from offload.errors import ConfigError
+from offload.kernels.scan import Combine, combine_shares
 from offload.types import Partial
 
 _T = TypeVar("_T")
-
-Combine = Literal["max", "sum"]
-"""How the queries of a group agree on what to read."""
 
 NO_TOKEN = -1
 """Fills the places of heads that found fewer tokens than others."""
@@ -69,6 +67,9 @@ class KeyIndex(ABC):
 
     expects_errors: ClassVar[bool] = False
     """Whether ``expected_errors`` can tell."""
+
+    tail_takes_values: ClassVar[bool] = False
+    """Whether ``tail`` looks at the values that were read."""
 
     @property
     @abstractmethod
@@ -190,7 +191,7 @@ class KeyIndex(ABC):
         have : Tensor, bool [num_heads, num_hits]
             Which of them were read; the others count as not read.
         values : Tensor, shape (num_heads, num_hits, value_dim)
-            Of those that were read.
+            Of those that were read; only used where ``tail_takes_values``.
 
         Returns
         -------
@@ -215,20 +216,6 @@ def combine_group(logits: Tensor, group: Combine = "max") -> Tensor:
         when one is far ahead.
     """
     return combine_shares(torch.log_softmax(logits, -1), group)
-
-
-def combine_shares(shares: Tensor, group: Combine) -> Tensor:
-    """Return one share per key for a group of queries.
-
-    Parameters
-    ----------
-    shares : Tensor, shape (num_heads, num_queries, num_keys)
-        Log of what each query gives to each key.
-    group : {"max", "sum"}
-        The largest of them: what a single query needs is not outvoted. Or their sum: the keys are
-        kept that weigh most in the group.
-    """
-    return shares.amax(1) if group == "max" else shares.logsumexp(1)
 
 
 def require_finite(keys: Tensor, values: Tensor) -> None:

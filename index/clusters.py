@@ -14,10 +14,19 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from offload.index.base import Combine, Hits, KeyIndex, combine_group, require_finite
+from offload.index.base import (
+    NO_TOKEN,
+    Combine,
+    Hits,
+    KeyIndex,
+    combine_group,
+    require_finite,
+)
 from offload.index.kmeans import cluster_means, spherical_kmeans
 from offload.index.rest import remaining
+from offload.kernels.scan import Sizes, clusters_of_places, num_places
 from offload.types import Partial
 
 SEGMENT_TOKENS = 8192
@@ -34,10 +43,10 @@ class Clusters:
     centroid_scale, value_scale : Tensor, bfloat16 [num_heads, num_clusters]
         Times these, the means of keys and values.
     counts : Tensor, int16 [num_heads, num_clusters]
-    assignment : Tensor, uint8 or int16 [num_heads, num_tokens]
-        Cluster of each token, counted within its segment.
-    sizes : tuple of (int, int)
-        Tokens and clusters of each segment.
+    order : Tensor, int16 [num_heads, num_places]
+        The tokens of each segment, counted from its first, sorted by cluster. A *place* is a
+        position in this order; segments are filled up to a multiple of 16 places with -1.
+    sizes : Sizes
     """
 
     centroids: Tensor
@@ -45,16 +54,22 @@ class Clusters:
     value_means: Tensor
     value_scale: Tensor
     counts: Tensor
-    assignment: Tensor
-    sizes: tuple[tuple[int, int], ...]
+    order: Tensor
+    sizes: Sizes
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all segments."""
+        return sum(num_tokens for num_tokens, _ in self.sizes)
 
     def prefix(self, num_tokens: int) -> "Clusters":
         """Return the clusters of the first segments, which have so many tokens."""
         stops = list(accumulate(tokens for tokens, _ in self.sizes))
         sizes = self.sizes[: stops.index(num_tokens) + 1]
         num_clusters = sum(count for _, count in sizes)
+        all_places = sum(num_places(tokens) for tokens, _ in sizes)
         cut = {
-            name: tensor[:, : num_tokens if name == "assignment" else num_clusters]
+            name: tensor[:, : all_places if name == "order" else num_clusters]
             for name, tensor in self.tensors().items()
         }
         return Clusters(**cut, sizes=sizes)
@@ -71,10 +86,23 @@ class Clusters:
         """Return the value means, float32."""
         return self.value_means.float() * self.value_scale.float().unsqueeze(-1)
 
-    def cluster_of(self) -> Tensor:
-        """Return the cluster of each token, counted over all segments, int64."""
-        tokens, clusters = torch.tensor(self.sizes, device=self.counts.device).unbind(1)
-        return self.assignment + (clusters.cumsum(0) - clusters).repeat_interleave(tokens)
+    def cluster_of_places(self) -> Tensor:
+        """Return the cluster of each place, counted over all segments, int64; see there."""
+        return clusters_of_places(self.counts, self.sizes)
+
+    def tokens_at(self, places: Tensor) -> Tensor:
+        """Return the tokens at places, counted over all segments; -1 for filling and for -1.
+
+        Parameters
+        ----------
+        places : Tensor, int64 [num_heads, num_wanted]
+        """
+        lengths = [num_tokens for num_tokens, _ in self.sizes]
+        stops = torch.tensor(list(accumulate(map(num_places, lengths))), device=places.device)
+        first = torch.tensor([0, *accumulate(lengths)], device=places.device)
+        order = self.order.gather(1, places.clamp_min(0))
+        tokens = order + first[torch.searchsorted(stops, places, right=True)]
+        return tokens.masked_fill((order < 0) | (places < 0), NO_TOKEN)
 
 
 _TENSORS = tuple(field.name for field in fields(Clusters) if field.name != "sizes")
@@ -122,12 +150,12 @@ def cluster_segment(keys: Tensor, values: Tensor, tokens_per_cluster: int) -> Cl
     num_clusters = max(1, num_tokens // tokens_per_cluster)
     assignment, centroids = spherical_kmeans(keys, num_clusters)
     means, counts = cluster_means(values, assignment, num_clusters)
-    narrow = torch.uint8 if num_clusters <= 256 else torch.int16
+    order = assignment.argsort(dim=1, stable=True).to(torch.int16)
     return Clusters(
         *to_int8(centroids),
         *to_int8(means),
         counts.to(torch.int16),
-        assignment.to(narrow),
+        pad(order, (0, num_places(num_tokens) - num_tokens), value=-1),
         ((num_tokens, num_clusters),),
     )
 
@@ -148,6 +176,8 @@ class ClusterIndex(KeyIndex):
     clusters : Clusters
     """
 
+    tail_takes_values = True
+
     clusters: Clusters
 
     @classmethod
@@ -167,7 +197,7 @@ class ClusterIndex(KeyIndex):
 
     @property
     def num_tokens(self) -> int:  # noqa: D102
-        return self.clusters.assignment.shape[1]
+        return self.clusters.num_tokens
 
     def tensors(self) -> Mapping[str, Tensor]:  # noqa: D102
         return self.clusters.tensors()
@@ -184,20 +214,17 @@ class ClusterIndex(KeyIndex):
         logits = torch.bmm(query, clusters.key_means().transpose(1, 2))
         # A cluster without keys has the mean zero, and no claim to the logit of it.
         logits = logits.masked_fill(clusters.counts.eq(0).unsqueeze(1), -math.inf)
-        shares = combine_group(logits, group)
+        shares = combine_group(logits, group).gather(1, clusters.cluster_of_places())
+        shares = shares.masked_fill(clusters.order < 0, -math.inf)
+        places = shares.topk(min(budget, self.num_tokens), dim=1).indices
         return Hits(
-            best_tokens(shares, clusters.cluster_of(), min(budget, self.num_tokens)),
+            clusters.tokens_at(places),
             clusters.centroids.numel() + 2 * clusters.centroid_scale.numel(),
+            places,
         )
 
     def tail(self, query: Tensor, hits: Hits, have: Tensor, values: Tensor) -> Partial | None:  # noqa: D102
         return cluster_tail(self.clusters, query, hits, have, values)
-
-
-def best_tokens(shares: Tensor, cluster_of: Tensor, budget: int) -> Tensor:
-    """Return the tokens of the best clusters, as many as the budget allows, int64."""
-    scores = shares.gather(1, cluster_of)
-    return scores.topk(budget, dim=1).indices
 
 
 def cluster_tail(
@@ -205,8 +232,11 @@ def cluster_tail(
 ) -> Partial:
     """Estimate all tokens that were not read as copies of their cluster's means."""
     logits = torch.bmm(query, clusters.key_means().transpose(1, 2))
+    places = hits.state
+    assert isinstance(places, Tensor)
+    group_of = clusters.cluster_of_places().gather(1, places)[:, : hits.ids.shape[1]]
     counts, means = remaining(
-        clusters.counts, clusters.means_of_values(), clusters.cluster_of(), hits, have, values
+        clusters.counts, clusters.means_of_values(), group_of, hits, have, values
     )
     logits = logits + counts.log().unsqueeze(1)
     lse = logits.logsumexp(-1)

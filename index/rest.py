@@ -17,7 +17,8 @@ def remaining(
     counts : Tensor, int [num_heads, num_groups]
     means : Tensor, shape (num_heads, num_groups, value_dim), float32
         Of the values of all tokens of a group.
-    group_of : Tensor, int64 [num_heads, num_tokens]
+    group_of : Tensor, int64 [num_heads, num_hits]
+        Group of each hit.
     hits, have, values
         As for ``KeyIndex.tail``.
 
@@ -28,11 +29,10 @@ def remaining(
         Zero where nothing is left.
     """
     read = have & hits.found
-    group = group_of.gather(1, hits.ids.clamp_min(0))
     total = counts.float()
-    taken = total.new_zeros(total.shape).scatter_add_(1, group, read.float())
+    taken = total.new_zeros(total.shape).scatter_add_(1, group_of, read.float())
     gone = means.new_zeros(means.shape).scatter_add_(
-        1, group.unsqueeze(-1).expand_as(values), values.float() * read.unsqueeze(-1)
+        1, group_of.unsqueeze(-1).expand_as(values), values.float() * read.unsqueeze(-1)
     )
     left = total - taken
     rest = (means * total.unsqueeze(-1) - gone) / left.clamp_min(1).unsqueeze(-1)

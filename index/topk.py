@@ -36,6 +36,8 @@ class TopKIndex(KeyIndex):
         Whether what is not read is left out of the softmax instead of being estimated.
     """
 
+    tail_takes_values = True
+
     keys: Tensor
     value_means: Tensor
     chunking: Chunking
@@ -108,8 +110,7 @@ class TopKIndex(KeyIndex):
         lengths = self.chunking.lengths(query.device)
         chunk_of = torch.arange(len(lengths), device=query.device).repeat_interleave(lengths)
         weights = shares.new_zeros(*shares.shape[:2], len(lengths)).index_add_(2, chunk_of, shares)
-        wide = (self.num_heads, -1)
-        _, means = remaining(
-            lengths.expand(wide), self.value_means, chunk_of.expand(wide), hits, have, values
-        )
+        counts = lengths.expand(self.num_heads, -1)
+        of_hits = chunk_of[hits.ids.clamp_min(0)]
+        _, means = remaining(counts, self.value_means, of_hits, hits, have, values)
         return Partial(torch.bmm(weights, means), lse)

@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from offload.kernels.codes import Codes, decode, encode, rotation
-
-VALUE_DIMS = 32
-"""Directions that are coded."""
+from offload.kernels.codes import BLOCK_PLACES, quantise, rotation
+from offload.kernels.sign_planes import NUM_SIGNS, pack_signs, unpack_signs
 
 
 class ValueCodes(NamedTuple):
@@ -21,36 +20,28 @@ class ValueCodes(NamedTuple):
 
     Attributes
     ----------
-    codes : Codes
-        One bit per direction; ``bits`` [num_heads, num_tokens, num_bytes].
-    basis : Tensor, float16 [num_heads, num_segments, num_directions, value_dim]
-        The directions in each segment, orthonormal.
+    bits : Tensor, uint8 [num_heads, num_places / 16, 16, 4]
+        One bit per direction, see ``pack_signs``.
+    scale : Tensor, bfloat16 [num_heads, num_places]
+    basis : Tensor, float16 [num_heads, num_segments, 32, value_dim]
+        The directions in each segment, orthonormal; zero where values have fewer dimensions.
     """
 
-    codes: Codes
+    bits: Tensor
+    scale: Tensor
     basis: Tensor
 
-    def prefix(self, num_tokens: int, num_segments: int) -> "ValueCodes":
-        """Return the codes of the first segments, which have so many tokens."""
-        return ValueCodes(prefix_codes(self.codes, num_tokens), self.basis[:, :num_segments])
-
-    def sum(self, weights: Tensor, segments: Sequence[int]) -> Tensor:
-        """Return the weighted sum of the residuals, ``[num_heads, num_queries, value_dim]``.
-
-        Parameters
-        ----------
-        weights : Tensor, shape (num_heads, num_queries, num_tokens), float32
-        segments : sequence of int
-            Tokens of each.
-        """
-        along = decode(self.codes, 1, self.basis.shape[2]).split(list(segments), 1)
-        pairs = zip(weights.split(list(segments), 2), along, strict=True)
-        sums = [torch.bmm(weight, rows) for weight, rows in pairs]
-        return torch.cat(sums, 2) @ self.basis.float().flatten(1, 2)
+    def prefix(self, num_places: int, num_segments: int) -> "ValueCodes":
+        """Return the codes of the first segments, which have so many places."""
+        return ValueCodes(
+            self.bits[:, : num_places // BLOCK_PLACES],
+            self.scale[:, :num_places],
+            self.basis[:, :num_segments],
+        )
 
     def decode(self) -> Tensor:
-        """Return the residuals of a single segment, ``[num_heads, num_tokens, value_dim]``."""
-        along = decode(self.codes, 1, self.basis.shape[2])
+        """Return the residuals of a single segment, ``[num_heads, num_places, value_dim]``."""
+        along = unpack_signs(self.bits) * self.scale.float().unsqueeze(-1)
         return torch.bmm(along, self.basis.float().squeeze(1))
 
 
@@ -62,29 +53,23 @@ def code_values(residuals: Tensor) -> ValueCodes:
     residuals : Tensor, shape (num_heads, num_tokens, value_dim), float32
     """
     basis = _widest(residuals).to(torch.float16)
-    codes = encode(torch.bmm(residuals, basis.float().mT), 1, unbiased=False)
-    return ValueCodes(codes, basis.unsqueeze(1))
-
-
-def join_codes(parts: Sequence[Codes]) -> Codes:
-    """Return the codes of consecutive runs as one."""
-    return Codes(torch.cat([p.bits for p in parts], 1), torch.cat([p.scale for p in parts], 1))
-
-
-def prefix_codes(codes: Codes, num_tokens: int) -> Codes:
-    """Return the codes of the first tokens."""
-    return Codes(codes.bits[:, :num_tokens], codes.scale[:, :num_tokens])
+    numbers, scale = quantise(torch.bmm(residuals, basis.float().mT), 1, unbiased=False)
+    missing = NUM_SIGNS - basis.shape[1]
+    return ValueCodes(
+        pack_signs(pad(numbers, (0, missing))),
+        pad(scale / 2, (0, -scale.shape[1] % BLOCK_PLACES)),
+        pad(basis, (0, 0, 0, missing)).unsqueeze(1),
+    )
 
 
 def join_values(parts: Sequence[ValueCodes]) -> ValueCodes:
     """Return the coded values of consecutive runs as one."""
-    basis = torch.cat([part.basis for part in parts], 1)
-    return ValueCodes(join_codes([part.codes for part in parts]), basis)
+    return ValueCodes(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
 
 
 def _widest(residuals: Tensor) -> Tensor:
     """Return the directions in which residuals vary most, mixed at random so that all matter."""
     covariance = torch.bmm(residuals.mT, residuals)
-    dims = min(VALUE_DIMS, residuals.shape[-1])
+    dims = min(NUM_SIGNS, residuals.shape[-1])
     directions: Tensor = torch.linalg.eigh(covariance)[1][..., -dims:].mT
     return rotation(dims).to(residuals.device) @ directions

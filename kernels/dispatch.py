@@ -1,8 +1,19 @@
-"""Choose the fastest kernel that gives the reference answer on the tensors at hand."""
+"""Choose the fastest kernel that gives the reference answer on the tensors at hand.
 
+Compiled kernels are imported when they are first asked for: their compilers are optional.
+"""
+
+import functools
+import importlib
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
 from torch import Tensor
 
-from offload.kernels import cpu, reference
+from offload.kernels import cpu, reference, rows
+from offload.kernels.scan import Combine, Scan, ScanTables
+from offload.kernels.scan import scan as reference_scan
 from offload.types import Partial
 
 
@@ -28,6 +39,15 @@ def partial_attention(
             offset = window = None
         elif window is not None and window >= query.shape[2] + offset:
             window = None
+    if query.is_cuda and softcap is None and bias is None and offset is None:
+        part = _device_attention(query, keys, values, scale)
+        if part is not None:
+            return part
+    if softcap is None and bias is None and offset is None:
+        fast = compiled("cpu_rows")
+        if fast is not None and fast.attends_chunks(query, keys, values):
+            attended: Partial = fast.attend_chunks(query, keys, values, scale)
+            return attended
     if cpu.supports(query, values, softcap, offset, window) and (
         offset is None or num_keys == query.shape[2]
     ):
@@ -42,3 +62,85 @@ def partial_attention(
         offset=offset,
         window=window,
     )
+
+
+def _device_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Partial | None:
+    if not _has_triton(query.device):
+        return None
+    triton_chunks = importlib.import_module("offload.kernels.triton_chunks")
+    if not triton_chunks.supports(query, keys, values):
+        return None
+    part: Partial = triton_chunks.attend_chunks(query, keys, values, scale=scale)
+    return part
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
+    """Whether kernels can be compiled for a device; products of bfloat16 and of bytes need 8.0."""
+    if find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def scan(tables: ScanTables, query: Tensor, budget: int, group: Combine) -> Scan:
+    """Find the best tokens and estimate the others; see ``kernels.scan`` for the contract.
+
+    Thread-safe: no state.
+    """
+    fast = compiled("cpu_scan")
+    if fast is not None and fast.supports(tables, query):
+        found: Scan = fast.scan(tables, query, budget, group)
+        return found
+    return reference_scan(tables, query, budget, group)
+
+
+def attend_rows(query: Tensor, addresses: Tensor, value_dim: int, dtype: torch.dtype) -> Partial:
+    """Attend to rows named by their addresses; see ``kernels.rows`` for the contract.
+
+    On a CUDA device addresses are the device's own or unified ones. Thread-safe: no state.
+    """
+    if query.is_cuda:
+        triton_rows = importlib.import_module("offload.kernels.triton_rows")
+        heads = query.to(dtype).flatten(0, 1)[None, :, None]
+        found: Partial = triton_rows.attend_rows(heads, addresses[None], value_dim, scale=1.0)
+        shape = query.shape[:2]
+        return Partial(found.out.view(*shape, -1).float(), found.lse.view(shape))
+    fast = compiled("cpu_rows")
+    if fast is not None and fast.supports(dtype, query.shape[2], value_dim):
+        part: Partial = fast.attend_rows(query, addresses, 1, value_dim, dtype)
+        return part
+    return rows.attend_rows(query, addresses, 1, value_dim, dtype)
+
+
+def read_rows(addresses: Tensor, row_dim: int, dtype: torch.dtype) -> Tensor:
+    """Copy rows named by their addresses; zero where there is none.
+
+    Parameters
+    ----------
+    addresses : Tensor, int64 [num_heads, num_rows]
+    row_dim : int
+    dtype : torch.dtype
+
+    Returns
+    -------
+    Tensor, shape (num_heads, num_rows, row_dim), on the device of the addresses
+    """
+    if addresses.is_cuda:
+        triton_gather = importlib.import_module("offload.kernels.triton_gather")
+        out = torch.zeros(addresses.numel(), row_dim, dtype=dtype, device=addresses.device)
+        slots = torch.arange(addresses.numel(), device=addresses.device)
+        triton_gather.gather_rows(addresses.flatten(), slots, out)
+        return out.view(*addresses.shape, row_dim)
+    fast = compiled("cpu_rows")
+    if fast is not None:
+        copied: Tensor = fast.read_rows(addresses, row_dim, dtype)
+        return copied
+    return rows.read_rows(addresses, 1, row_dim, dtype)[0]
+
+
+@functools.cache
+def compiled(name: str) -> ModuleType | None:
+    """Return a module of kernels for CPUs; None where numba is not installed."""
+    if find_spec("numba") is None:
+        return None
+    return importlib.import_module(f"offload.kernels.{name}")

@@ -11,11 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from offload.bandwidth import DiskBandwidth, measure_disk, measure_memcpy
+from offload.bandwidth import (
+    PIECE_BYTES,
+    DiskBandwidth,
+    measure_disk,
+    measure_memcpy,
+    measure_memory_read,
+)
 from offload.config import format_size, parse_size
+from offload.forecast import Forecast, forecast, forecast_rows
 from offload.machine import Machine, default_capacities, existing_parent, survey
 from offload.tiers.scratch import default_parent
 
@@ -35,8 +43,9 @@ class Report:
         Logical cores this process may use.
     machine : Machine
     disk_bandwidth : DiskBandwidth
-    memcpy_bytes_per_s : float
-        Host to host, on torch's threads.
+    memcpy_bytes_per_s, memory_read_bytes_per_s : float
+        Host to host, and of the host, on torch's threads.
+    forecast : Forecast
     default_capacities : dict of str to int
         Bytes of each tier, where the user gives none.
     notes : list of str
@@ -48,6 +57,8 @@ class Report:
     machine: Machine
     disk_bandwidth: DiskBandwidth
     memcpy_bytes_per_s: float
+    memory_read_bytes_per_s: float
+    forecast: Forecast
     default_capacities: dict[str, int]
     notes: list[str]
 
@@ -100,6 +111,8 @@ def examine(directory: Path | None, probe_bytes: int) -> Report:
         machine=machine,
         disk_bandwidth=disk_bandwidth,
         memcpy_bytes_per_s=measure_memcpy(),
+        memory_read_bytes_per_s=measure_memory_read(torch.device("cpu")),
+        forecast=forecast(machine, disk_bandwidth),
         default_capacities=default_capacities(machine, _TIERS),
         notes=list(find_notes(machine, disk_bandwidth)),
     )
@@ -124,6 +137,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     limit = memory.cgroup_limit_bytes
     yield "cgroup limit", "none" if limit is None else format_size(limit)
     yield "memory copy", _rate(report.memcpy_bytes_per_s)
+    yield "memory read", _rate(report.memory_read_bytes_per_s)
     for gpu in report.machine.gpus:
         yield f"cuda:{gpu.index}", f"{gpu.name}, {_free_of(gpu.free_bytes, gpu.total_bytes)}"
     if not report.machine.gpus:
@@ -133,8 +147,12 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "O_DIRECT", "accepted" if speed.is_direct else "refused"
     yield "disk read", _rate(speed.read_bytes_per_s)
     yield "disk write", _rate(speed.write_bytes_per_s)
+    yield "disk latency", f"{speed.read_latency_s * 1e6:.0f} µs"
+    pieces = f"{speed.pieces_per_s:,.0f} reads/s of {PIECE_BYTES >> 10} KiB"
+    yield "disk, at random", f"{pieces}, {_rate(speed.pieces_per_s * PIECE_BYTES)}"
     for tier, capacity in report.default_capacities.items():
         yield f"default capacity, {tier}", format_size(capacity)
+    yield from forecast_rows(report.forecast)
 
 
 def find_notes(machine: Machine, disk_bandwidth: DiskBandwidth) -> Iterator[str]:

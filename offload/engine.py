@@ -10,17 +10,20 @@ from offload.loader import StagingLoader
 from offload.prefetch.stream import ChunkStream
 from offload.presets import Preset
 from offload.sparse.retrieval import Retrieval
-from offload.stats import Counters
+from offload.sparse.row_plan import RowMemory
+from offload.sparse.row_reader import RowReader
+from offload.stats import Counters, RowStats
 from offload.store import ChunkStore
 from offload.tiers.base import Tier
 from offload.tiers.disk import DiskTier
 from offload.tiers.faults import FaultPlan
 from offload.tiers.faulty import FaultyTier
 from offload.tiers.memory import MemoryTier
+from offload.tiers.pinned import PinnedRegion
 from offload.tiers.pool import page_aligned
 from offload.tiers.scratch import ScratchDir
 from offload.types import ChunkLayout
-from offload.working_set import WorkingSet, plan_working_set
+from offload.working_set import WorkingSet, plan_row_memory, plan_working_set
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class Engine:
         tail_bytes = num_layers * batch * layout.chunk_bytes
         sizes = self._plan(tail_bytes, batch)
         self._host_extra_bytes = 0
+        self._row_memory = RowMemory()
         self._num_layers = num_layers
         self.disk: DiskTier | None = None
         """The disk tier, if there is one: it can adopt the records of saved sessions."""
@@ -98,6 +102,9 @@ class Engine:
     def _open(self, sizes: WorkingSet) -> None:
         config, layout = self.config, self.layout
         self._write_memory = page_aligned(sizes.num_write_buffers * layout.slot_bytes)
+        self._pinned_writes = PinnedRegion(self._write_memory)
+        if self.device.type == "cuda":  # which reads rows of chunks that are being written
+            self._pinned_writes.lock(0, self._write_memory.numel())
         self.store = ChunkStore(
             self.tiers,
             [config.preset.eviction() for _ in self.tiers],
@@ -107,8 +114,15 @@ class Engine:
             config.deadline_s,
         )
         self._peaks = [0] * len(self.tiers)
+        self.rows = self._open_rows()
         sparse = config.preset.sparse
-        self.retrieval = None if sparse is None else Retrieval(self.store, self.device, sparse)
+        self.retrieval = (
+            None
+            if sparse is None
+            else Retrieval(
+                self.store, self.rows, self.device, sparse, config.preset.rows.max_wait_s
+            )
+        )
         self._open_staging(sizes)
 
     @property
@@ -137,6 +151,20 @@ class Engine:
         """Return the most bytes a tier has held at a time, chunks and all else."""
         beside = self.beside_chunks_bytes(self.tiers[level].name)
         return max(self._peaks[level], self.store.peak_bytes(level) + beside)
+
+    def row_stats(self) -> RowStats:
+        """Return how the disk was read, and how long the model stood still for it."""
+        counters, rows = self.counters, self.rows
+        return RowStats(
+            num_lines=0 if rows is None else rows.num_lines,
+            num_used_lines=0 if rows is None else rows.num_used_lines,
+            line_lookups=counters.line_lookups,
+            line_hits=counters.line_hits,
+            late_rows=counters.late_rows,
+            failed_reads=counters.failed_row_reads,
+            wait_s=counters.row_wait_s + counters.load_wait_s,
+            read_s=0.0 if self.disk is None else self.disk.reading.total_s,
+        )
 
     def acquire(self) -> None:
         """Note one more user; ``release`` of the last one closes the engine."""
@@ -174,8 +202,11 @@ class Engine:
                 if self.retrieval is not None:
                     self.retrieval.close()
                 self.loader.close()
+                if self.rows is not None:
+                    self.rows.close()
             finally:
                 self.store.close()
+                self._pinned_writes.close()
 
     @property
     def buffer_chunks(self) -> int:
@@ -217,6 +248,21 @@ class Engine:
             self.loader, sizes.num_buffers, self.counters, self.config.deadline_s
         )
 
+    def _plan_rows(self, spare_bytes: int | None) -> RowMemory:
+        """Return the host memory for reading rows, where they may have to come from a disk."""
+        sparse = self.config.preset.sparse
+        if sparse is None or sparse.index is None or "disk" not in self.config.capacities:
+            return RowMemory()
+        return plan_row_memory(spare_bytes, self.layout, self.config.preset.rows)
+
+    def _open_rows(self) -> RowReader | None:
+        """Return what reads rows for the preset's index, on the device that attends to them."""
+        sparse = self.config.preset.sparse
+        if sparse is None or sparse.index is None:
+            return None
+        place = torch.device("cpu") if sparse.placement == "host" else self.device
+        return RowReader(self.store, place, self._row_memory)
+
     def _build_tiers(self, sizes: WorkingSet, tail_bytes: int) -> list[Tier]:
         layout, capacities = self.layout, self.config.capacities
         staging = sizes.num_buffers * sizes.buffer_chunks * layout.slot_bytes
@@ -229,8 +275,13 @@ class Engine:
                 self._host_extra_bytes = sizes.num_write_buffers * layout.slot_bytes
             if self.device.type == "cuda":
                 self._host_extra_bytes += staging  # the page-locked mirror
-            pool = max(0, capacities["cpu"] - self._host_extra_bytes)
+            spare = max(0, capacities["cpu"] - self._host_extra_bytes)
+            self._row_memory = self._plan_rows(spare)
+            self._host_extra_bytes += self._row_memory.num_bytes
+            pool = spare - self._row_memory.num_bytes
             tiers.append(self._memory_tier("cpu", pool, torch.device("cpu")))
+        else:
+            self._row_memory = self._plan_rows(None)
         if "disk" in capacities:
             assert self.config.scratch is not None
             self.disk = DiskTier(

@@ -12,6 +12,10 @@ from offload.kernels.reference import merge, sink_partial
 from offload.sequence import Appended
 from offload.types import Partial
 
+_UNMERGED_ELEMENTS = 1 << 20
+"""Of outputs that wait to be merged. When decoding, merging parts one by one would take as long as
+attending to some of them; after a long prompt they would take more memory than they save time."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
@@ -81,7 +85,7 @@ def attend(
     num_tail = appended.tail.shape[2]
     num_new = 0 if appended.keys is None else appended.keys.shape[2]
     first_query = num_past_tokens + num_tail + num_new - query.shape[2]
-    parts: list[Partial] = list(sparse)
+    parts = list(sparse)
     if appended.keys is not None and appended.values is not None:
         start = num_past_tokens + num_tail
         new = (appended.keys.unsqueeze(1), appended.values.unsqueeze(1))
@@ -89,12 +93,19 @@ def attend(
     if num_tail:
         tail = PastChunks(num_past_tokens, appended.tail.unsqueeze(1))
         parts.append(_attend_cached(call, tail, key_dim, first_query))
-    merged = merge(parts) if len(parts) > 1 else parts[0]
     for chunks in past:
-        merged = merge([merged, _attend_cached(call, chunks, key_dim, first_query)])
+        parts = _few(parts)
+        parts.append(_attend_cached(call, chunks, key_dim, first_query))
     if call.sinks is not None:
-        merged = merge([merged, sink_partial(query, merged.out.shape[-1], call.sinks)])
+        parts.append(sink_partial(query, parts[0].out.shape[-1], call.sinks))
+    merged = merge(parts) if len(parts) > 1 else parts[0]
     return merged.out.to(query.dtype).transpose(1, 2).contiguous()
+
+
+def _few(parts: list[Partial]) -> list[Partial]:
+    """Return the parts as they are, or as one if one more would take much memory."""
+    is_much = len(parts) > 1 and (len(parts) + 1) * parts[0].out.numel() > _UNMERGED_ELEMENTS
+    return [merge(parts)] if is_much else parts
 
 
 def _attend_cached(

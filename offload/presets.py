@@ -1,7 +1,8 @@
 """Presets: each published system as a choice of parts. A preset never has its own runtime."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from offload.index.projection import ProjectionIndex
 from offload.index.residual import ResidualIndex
 from offload.sparse.head_pattern import HeadPattern, as_streaming_heads
 from offload.sparse.plan import IndexRecipe, SparsePlan
+from offload.sparse.row_plan import RowPlan
 from offload.sparse.segments import SegmentSizes
 from offload.tiers.eviction import EvictionPolicy, KeepFirst
 
@@ -29,11 +31,14 @@ class Preset:
         Makes the eviction policy of one tier.
     sparse : SparsePlan or None
         What decoding reads; None: everything.
+    rows : RowPlan
+        How single rows are read, if it is not everything.
     """
 
     name: str
     eviction: Callable[[], EvictionPolicy]
     sparse: SparsePlan | None = None
+    rows: RowPlan = field(default_factory=RowPlan)
 
 
 def _over(kind: type[KeyIndex], **options: Any) -> IndexRecipe:
@@ -99,6 +104,8 @@ def customised(
     group: Combine | None = None,
     sink_tokens: int | None = None,
     window_tokens: int | None = None,
+    max_wait_us: float | None = None,
+    line_share: float | None = None,
 ) -> Preset:
     """Return a preset with some of its choices changed, for ``OffloadedCache(policy=...)``.
 
@@ -123,6 +130,11 @@ def customised(
         gives a token, or by the sum.
     sink_tokens, window_tokens : int, optional
         First and last tokens that are always attended.
+    max_wait_us : float, optional
+        Longest wait of a layer, at each step, for rows from the disk, in microseconds; what is late
+        stays in the estimate. By default everything is waited for.
+    line_share : float, optional
+        From 0 to 1: share of the host's capacity that keeps single rows of what lies on the disk.
 
     Raises
     ------
@@ -151,16 +163,22 @@ def customised(
         changes["group"] = group
     if not tail:
         changes["has_tail"] = False
-    if not changes:
+    row_changes = _checked_rows(max_wait_us, line_share)
+    if not changes and not row_changes:
         return preset
     if preset.sparse is None:
         raise ConfigError(
-            f"policy {preset.name!r} reads everything; it takes no {' or '.join(changes)}"
+            f"policy {preset.name!r} reads everything; it takes no "
+            f"{' or '.join([*changes, *row_changes])}"
         )
     recipe = preset.sparse.index
     if error is not None and (recipe is None or not recipe.kind.expects_errors):
         raise ConfigError(f"policy {preset.name!r} cannot tell how far off it is; give it a budget")
-    return replace(preset, sparse=replace(preset.sparse, **changes))
+    return replace(
+        preset,
+        sparse=replace(preset.sparse, **changes),
+        rows=replace(preset.rows, **row_changes),
+    )
 
 
 def _checked_budget(budget: object) -> float | int:
@@ -181,3 +199,17 @@ def _checked_error(error: object) -> float:
     if isinstance(error, bool) or not isinstance(error, int | float) or not 0 < error < 1:
         raise ConfigError(f"error={error!r} is no relative error, above 0 and below 1")
     return float(error)
+
+
+def _checked_rows(max_wait_us: object, line_share: object) -> dict[str, float]:
+    """Return those of the two that are given, or raise ConfigError."""
+    given = {"max_wait_us": max_wait_us, "line_share": line_share}
+    checked = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        most = 1.0 if name == "line_share" else math.inf
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+            raise ConfigError(f"{name}={value!r} is no number from 0 to {most:g}")
+        checked[name] = float(value)
+    return checked

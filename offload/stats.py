@@ -1,6 +1,39 @@
 """Counters of one cache, and the frozen view of them that ``cache.stats()`` hands out."""
 
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+
+class BusyTime:
+    """How long at least one of many things was under way. Any thread may call any method."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_running = 0
+        self._since_s = 0.0
+        self._total_s = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """Seconds so far; what runs now counts when the last of it ends."""
+        return self._total_s
+
+    def run(self, job: Callable[..., object], *args: Any) -> None:
+        """Run a job, and count the time."""
+        with self._lock:
+            if not self._num_running:
+                self._since_s = time.perf_counter()
+            self._num_running += 1
+        try:
+            job(*args)
+        finally:
+            with self._lock:
+                self._num_running -= 1
+                if not self._num_running:
+                    self._total_s += time.perf_counter() - self._since_s
 
 
 @dataclass(slots=True)
@@ -30,6 +63,15 @@ class Counters:
     covered_tokens, retrieved_tokens : int
         Tokens, per KV head and call, that sparse attention was responsible for, and those of them
         that it read.
+    line_lookups, line_hits : int
+        Rows of tokens that were needed and lay in no tier's memory, and those of them that were in
+        the cache of lines.
+    late_rows : int
+        Rows that were needed and did not arrive in time; they stayed in the estimate.
+    failed_row_reads : int
+        Reads of rows that failed but were not needed, or are tried again.
+    row_wait_s : float
+        Time the model stood still for rows.
     """
 
     loaded_bytes: dict[str, int] = field(default_factory=dict)
@@ -46,6 +88,11 @@ class Counters:
     rescued_chunks: int = 0
     covered_tokens: int = 0
     retrieved_tokens: int = 0
+    line_lookups: int = 0
+    line_hits: int = 0
+    late_rows: int = 0
+    failed_row_reads: int = 0
+    row_wait_s: float = 0.0
 
     def add_loaded(self, tier: str, num_bytes: int) -> None:
         """Count bytes read from a tier."""
@@ -80,6 +127,44 @@ class TierStats:
 
 
 @dataclass(frozen=True, slots=True)
+class RowStats:
+    """How the disk was read, and single rows of it in particular.
+
+    Attributes
+    ----------
+    num_lines, num_used_lines : int
+        Rows that the cache of lines has room for, and that it holds.
+    line_lookups, line_hits, late_rows : int
+        See ``Counters``.
+    failed_reads : int
+        ``failed_row_reads`` of ``Counters``.
+    wait_s : float
+        Time the model stood still for rows and for loads of chunks.
+    read_s : float
+        Time during which at least one thread was reading from the disk.
+    """
+
+    num_lines: int = 0
+    num_used_lines: int = 0
+    line_lookups: int = 0
+    line_hits: int = 0
+    late_rows: int = 0
+    failed_reads: int = 0
+    wait_s: float = 0.0
+    read_s: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the rows in no tier's memory that were in the cache of lines."""
+        return self.line_hits / self.line_lookups if self.line_lookups else 0.0
+
+    @property
+    def hidden_share(self) -> float:
+        """Share of the time spent reading during which the model did not stand still."""
+        return max(0.0, 1 - self.wait_s / self.read_s) if self.read_s else 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class CacheStats:
     """What ``cache.stats()`` returns.
 
@@ -108,6 +193,8 @@ class CacheStats:
         Sparse answers, of one KV head each, that were compared with exact attention.
     error_median, error_p95 : float
         Their relative errors, see ``ErrorStats``.
+    rows : RowStats
+        How the disk was read.
     """
 
     tiers: dict[str, TierStats]
@@ -129,3 +216,4 @@ class CacheStats:
     num_checks: int = 0
     error_median: float = 0.0
     error_p95: float = 0.0
+    rows: RowStats = field(default_factory=RowStats)

@@ -1,6 +1,6 @@
 """The tiered store: puts chunks where there is room, moves them down and up, never loses one."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 
 from torch import Tensor
@@ -58,6 +58,7 @@ class ChunkStore:
         self.deadline_s = deadline_s
         self.version = 0
         """Grows whenever a chunk changes place; plans made for an older version are stale."""
+        self._watchers: list[Callable[[ChunkId], object]] = []
         self._policies = list(policies)
         self._peaks = [0] * len(self.tiers)
         self._queue: WriteQueue | None = None
@@ -74,6 +75,10 @@ class ChunkStore:
                 self._rescue,
                 lambda: describe_room(self.tiers),
             )
+
+    def watch(self, moved: Callable[[ChunkId], object]) -> None:
+        """Call ``moved`` with every chunk that changes place or dies, when it just did."""
+        self._watchers.append(moved)
 
     def put(
         self, layer: int, first_token: int, keys: Tensor, values: Tensor
@@ -217,10 +222,8 @@ class ChunkStore:
         tier = self.tiers[level]
         assert isinstance(tier, MemoryTier)
         tier.pool.shrink(num_slots)
-        beyond = [
-            chunk for chunk in self.table if self.table[chunk].slots.get(level, -1) >= num_slots
-        ]
-        for chunk in beyond:
+        slot_of = {chunk: self.table[chunk].slots.get(level, -1) for chunk in self.table}
+        for chunk in [chunk for chunk, slot in slot_of.items() if slot >= num_slots]:
             if tier.num_free:
                 self._move(chunk, level, level)
             else:
@@ -248,14 +251,12 @@ class ChunkStore:
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a tier or the table is inconsistent."""
+        entries = {chunk: self.table[chunk] for chunk in self.table}
         for level, tier in enumerate(self.tiers):
             tier.check_integrity()
-            held = [
-                e.slots[level] for e in map(self.table.__getitem__, self.table) if level in e.slots
-            ]
+            held = [entry.slots[level] for entry in entries.values() if level in entry.slots]
             assert len(set(held)) == len(held), f"{tier.name}: two chunks in one slot"
-        for chunk in self.table:
-            entry = self.table[chunk]
+        for chunk, entry in entries.items():
             assert entry.slots or entry.pending is not None, f"chunk {chunk} is in no tier"
 
     def close(self) -> None:
@@ -335,8 +336,7 @@ class ChunkStore:
         source, tier = self.tiers[level], self.tiers[target]
         assert isinstance(source, MemoryTier)
         content = source.buffer(entry.slots[level])
-        if target != level:
-            self.counters.demoted_chunks += 1
+        self.counters.demoted_chunks += target != level
         if any(lower > level for lower in entry.slots):
             self._drop_copy(chunk, entry, level)
         elif isinstance(tier, MemoryTier):
@@ -378,12 +378,12 @@ class ChunkStore:
         self.table[chunk].slots[level] = slot
         self._policies[level].insert(chunk)
         self._peaks[level] = max(self._peaks[level], self.tiers[level].used_bytes)
-        self.version += 1
+        self._note_move(chunk)
 
     def _drop_copy(self, chunk: ChunkId, entry: Entry, level: int) -> None:
         self.tiers[level].free([entry.slots.pop(level)])
         self._policies[level].remove(chunk)
-        self.version += 1
+        self._note_move(chunk)
 
     def _bury(self, dead: Iterable[ChunkId]) -> None:
         for chunk in dead:
@@ -392,3 +392,9 @@ class ChunkStore:
                 self._drop_copy(chunk, entry, level)
             if entry.pending is not None and self._queue is not None:
                 self._queue.give_back(entry.pending)
+            self._note_move(chunk)
+
+    def _note_move(self, chunk: ChunkId) -> None:
+        self.version += 1
+        for moved in self._watchers:
+            moved(chunk)

@@ -1,8 +1,10 @@
-"""How a device capacity is shared between tails, staging and the pool of chunks. Pure."""
+"""How capacities are shared between the pools of chunks and everything else. Pure."""
 
 from dataclasses import dataclass
 
 from offload.errors import CapacityError
+from offload.sparse.row_plan import RowMemory, RowPlan
+from offload.types import ChunkLayout, round_up
 
 _BUFFER_BYTES = 8 << 20
 """A staging buffer large enough for the disk to reach its bandwidth (measured: flat from 2 MiB)."""
@@ -12,6 +14,9 @@ _NUM_BUFFERS = 4
 
 _WRITE_BYTES = 16 << 20
 """Write buffers: two bursts of 8 MiB."""
+
+_HEADS_BYTES = 8 << 20
+"""Heads of chunks in flight: 256 of 32 KiB, which is 10 ms of a disk that reads 27,000 a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +84,32 @@ def plan_working_set(
                 f"{slot_bytes} bytes"
             )
     return WorkingSet(buffers, chunks, writes)
+
+
+def plan_row_memory(spare_bytes: int | None, layout: ChunkLayout, plan: RowPlan) -> RowMemory:
+    """Choose what of the host's capacity is for reading single rows from the disk.
+
+    Parameters
+    ----------
+    spare_bytes : int or None
+        What other buffers leave of the host's capacity; None where the cache has no such tier:
+        there are staging buffers then, and no lines.
+    layout : ChunkLayout
+    plan : RowPlan
+
+    Raises
+    ------
+    CapacityError
+        There is no room for one head of a chunk.
+    """
+    head_bytes = round_up(layout.chunk_bytes // layout.num_kv_heads)
+    staging = max(1, _HEADS_BYTES // head_bytes) * head_bytes
+    if spare_bytes is None:
+        return RowMemory(staging)
+    staging = max(1, min(staging, spare_bytes // 8) // head_bytes) * head_bytes
+    if staging > spare_bytes:
+        raise CapacityError(
+            f"cpu capacity: the {spare_bytes} bytes beside the write buffers cannot hold one head "
+            f"of a chunk on its way from the disk, {head_bytes} bytes"
+        )
+    return RowMemory(staging, int((spare_bytes - staging) * plan.line_share))

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from offload.errors import CapacityError, ClosedError, ConfigError, CorruptChunk
+from offload.stats import BusyTime
 from offload.tiers.base import Tier
 from offload.tiers.io_engine import IoEngine, Job
 from offload.tiers.io_plan import Operation
 from offload.tiers.record import RecordFormat
-from offload.tiers.record_io import RecordIo
+from offload.tiers.record_io import KnownHeaders, RecordIo, first_heads
 from offload.tiers.segment import SegmentTable, locate, slot_at
 from offload.tiers.segment_files import SegmentFiles
 from offload.tiers.syscalls import VectoredCall
@@ -85,13 +86,16 @@ class DiskTier(Tier):
         self._table = SegmentTable(capacity_bytes // self.record_bytes, per_segment)
         self._files = SegmentFiles(directory)
         self._calls = (preadv, pwritev)
-        self._io = RecordIo(self._files, fmt, *self._calls)
+        self._headers: KnownHeaders = {}
+        self._io = RecordIo(self._files, fmt, *self._calls, self._headers)
         self._lock = threading.Lock()
         self._written: set[SlotId] = set()
         self._adopted_files: dict[Path, int] = {}
         self._adopted_io: dict[int, RecordIo] = {}
         self._suspects: list[tuple[Path, int]] = []
         self._closed = False
+        self.reading = BusyTime()
+        """Time during which at least one thread was reading."""
         self._engine = IoEngine(num_threads, deadline_s=deadline_s)
 
     @property
@@ -136,7 +140,7 @@ class DiskTier(Tier):
         with self._lock:
             if self._closed:
                 return  # close gave everything back
-            self._written.difference_update(slots)
+            self._forget(slots)
             freed = self._table.free([slot for slot in slots if self.is_own(slot)])
             for hole in freed.holes:
                 offset = hole.first * self.record_bytes
@@ -165,7 +169,8 @@ class DiskTier(Tier):
                 number = self._table.reserve_number()
                 self._adopted_files[path] = number
                 fmt = RecordFormat(self.layout, fingerprint)
-                self._adopted_io[number] = RecordIo(self._files, fmt, *self._calls)
+                io = RecordIo(self._files, fmt, *self._calls, self._headers)
+                self._adopted_io[number] = io
                 self._files.adopt(number, path)
             slots = [slot_at(number, index) for index in indexes]
             self._written.update(slots)
@@ -205,42 +210,45 @@ class DiskTier(Tier):
         self,
         slots: Sequence[SlotId],
         infos: Sequence[ChunkInfo],
-        heads: slice,
+        heads: slice | Sequence[int],
         out: Sequence[Tensor],
+        *,
+        urgent: bool = True,
     ) -> Transfer:
-        """Copy consecutive KV heads of slots into buffers, reading little else but the headers.
+        """Copy KV heads of slots into buffers, reading little else but the headers.
 
         Parameters
         ----------
         slots, infos : sequences of equal length
-        heads : slice
-            Consecutive KV heads, the same of every slot.
+        heads : slice or sequence of int
+            Consecutive KV heads, the same of every slot; or one of each slot.
         out : sequence of Tensor, uint8 [num_heads * head_bytes]
             Bypasses the page cache if page-aligned and a head is a whole number of pages.
+        urgent : bool
+            Read before everything that is not.
 
         Returns
         -------
         Transfer
-            Fails as that of ``read`` does. Only the heads that were read are verified.
+            Fails as that of ``read`` does. Only the heads that were read are verified, and of each
+            record the header once.
 
         Raises
         ------
         ConfigError
-            ``heads`` is empty or has a step, or a buffer does not fit.
+            ``heads`` names none, or one that there is not; or a buffer does not fit.
         """
-        first, stop, step = heads.indices(self.layout.num_kv_heads)
-        if step != 1 or stop <= first:
-            raise ConfigError(
-                f"{heads} does not name consecutive heads of {self.layout.num_kv_heads}"
-            )
-        num_bytes = (stop - first) * self._head_bytes
+        firsts, count = first_heads(heads, len(slots), self.layout.num_kv_heads)
+        num_bytes = count * self._head_bytes
         _check_buffers(slots, infos, out, num_bytes)
         places = [locate(slot) for slot in slots]
         jobs: list[Job] = [
-            self._read_job(places, members, RecordIo.read_heads, places, members, infos, first, out)
+            self._read_job(
+                places, members, RecordIo.read_heads, places, members, infos, firsts, out
+            )
             for members in self._io.plan_heads(places, num_bytes, self._engine.num_threads)
         ]
-        return self._start_read(f"read of heads {first}:{stop}", slots, infos, num_bytes, jobs)
+        return self._start_read("read of heads", slots, infos, num_bytes, jobs, urgent=urgent)
 
     def write(
         self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], src: Sequence[Tensor]
@@ -252,7 +260,7 @@ class DiskTier(Tier):
             for slot in slots:
                 if not self._table.holds(slot):
                     raise ConfigError(f"disk tier: slot {slot} is not allocated")
-            self._written.difference_update(slots)
+            self._forget(slots)
         places = [locate(slot) for slot in slots]
         jobs: list[Job] = [
             partial(self._write_and_publish, op, slots, infos, src)
@@ -288,6 +296,11 @@ class DiskTier(Tier):
                 self._files.unlink(segment)
             self._table = SegmentTable(0, self._table.records_per_segment)
             self._written.clear()
+
+    def _forget(self, slots: Collection[SlotId]) -> None:
+        self._written.difference_update(slots)
+        for slot in slots:
+            self._headers.pop(locate(slot), None)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -339,6 +352,8 @@ class DiskTier(Tier):
         infos: Sequence[ChunkInfo],
         bytes_each: int,
         jobs: list[Job],
+        *,
+        urgent: bool = True,
     ) -> Transfer:
         """Start a read, or hand out a failed one if a slot holds no record."""
         what, num_bytes = _describe(verb, infos), len(slots) * bytes_each
@@ -346,7 +361,8 @@ class DiskTier(Tier):
             self._check_open()
             missing = [slot for slot in slots if slot not in self._written]
         if not missing:
-            return self._start(what, num_bytes, jobs, urgent=True)
+            timed: list[Job] = [partial(self.reading.run, job) for job in jobs]
+            return self._start(what, num_bytes, timed, urgent=urgent)
         failed: Future[None] = Future()
         failed.set_exception(
             CorruptChunk(
@@ -364,11 +380,8 @@ class DiskTier(Tier):
 def _describe(verb: str, infos: Sequence[ChunkInfo]) -> str:
     if not infos:
         return f"disk {verb} of nothing"
-    first = infos[0]
-    return (
-        f"disk {verb} of {len(infos)} chunks, "
-        f"first of layer {first.layer} from token {first.first_token}"
-    )
+    first = f"first of layer {infos[0].layer} from token {infos[0].first_token}"
+    return f"disk {verb} of {len(infos)} chunks, {first}"
 
 
 def _check_buffers(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from offload.errors import StorageError
+from offload.errors import ConfigError, StorageError
 from offload.tiers.io_plan import (
     MAX_OP_BUFFERS,
     MAX_OP_BYTES,
@@ -37,6 +37,10 @@ _MAX_SHARE = MAX_OP_BUFFERS // (2 * _BUFFERS_PER_RECORD)
 """Records whose pieces, and the gaps between them, fit into one system call."""
 
 
+KnownHeaders = dict[tuple[int, int], tuple[ChunkInfo, tuple[int, ...]]]
+"""By segment and index of a record: what it holds, and the checksums of its heads."""
+
+
 class RecordIo:
     """Reads and writes records, verifying each one that is read.
 
@@ -49,6 +53,9 @@ class RecordIo:
     fmt : RecordFormat
     preadv, pwritev : callable
         The system calls.
+    headers : dict, optional
+        By (segment, index): what verified headers said, so that ``read_heads`` need not read them
+        again. The caller takes out what is overwritten or gone. By default all are read.
 
     Raises
     ------
@@ -62,12 +69,14 @@ class RecordIo:
         fmt: RecordFormat,
         preadv: VectoredCall = os.preadv,
         pwritev: VectoredCall = os.pwritev,
+        headers: KnownHeaders | None = None,
     ) -> None:
         self.fmt = fmt
         self.is_direct = supports_direct_io(files.directory)
         self._files = files
         self._preadv = preadv
         self._pwritev = pwritev
+        self._headers = headers
 
     def plan(self, places: Sequence[tuple[int, int]], num_threads: int) -> list[Operation]:
         """Join records, each given as (segment, index), into operations."""
@@ -154,7 +163,7 @@ class RecordIo:
         places: Sequence[tuple[int, int]],
         members: Sequence[int],
         infos: Sequence[ChunkInfo],
-        first: int,
+        firsts: Sequence[int],
         out: Sequence[Tensor],
         scratch: memoryview,
     ) -> None:
@@ -164,10 +173,10 @@ class RecordIo:
         ----------
         places : sequence of (segment, index)
         members : sequence of int
-            Indexes into ``places``, ``infos`` and ``out``, from ``plan_heads``.
+            Indexes into ``places``, ``infos``, ``firsts`` and ``out``, from ``plan_heads``.
         infos : sequence of ChunkInfo
-        first : int
-            The first head.
+        firsts : sequence of int
+            The first head of each record.
         out : sequence of Tensor, uint8
             A whole number of heads each.
         scratch : memoryview
@@ -181,11 +190,13 @@ class RecordIo:
         segment = places[members[0]][0]
         spill, headers = scratch[:_SPILL_BYTES], _pages(scratch[_SPILL_BYTES:], len(members))
         payloads = [_view(out[member]) for member in members]
+        known = [self._known_digests(places[member], infos[member]) for member in members]
         pieces: list[tuple[int, memoryview]] = []
-        for member, header, payload in zip(members, headers, payloads, strict=True):
+        for member, header, payload, digests in zip(members, headers, payloads, known, strict=True):
             start = places[member][1] * self.fmt.record_bytes
-            pieces.append((start, header))
-            pieces.append((start + PAGE_BYTES + first * self.fmt.head_bytes, payload))
+            if digests is None:
+                pieces.append((start, header))
+            pieces.append((start + PAGE_BYTES + firsts[member] * self.fmt.head_bytes, payload))
         reads = join_pieces(pieces, spill)
 
         def move(fd: int, file: str) -> None:
@@ -195,9 +206,17 @@ class RecordIo:
         whole_pages = self.fmt.head_bytes % PAGE_BYTES == 0
         is_aligned = whole_pages and _are_aligned(out[member] for member in members)
         self._on_file(segment, move, writing=False, is_aligned=is_aligned)
-        for member, header, payload in zip(members, headers, payloads, strict=True):
-            digests = check_header(header, self.fmt, infos[member])
-            check_heads(payload, self.fmt, infos[member], digests, first)
+        for member, header, payload, digests in zip(members, headers, payloads, known, strict=True):
+            info = infos[member]
+            if digests is None:
+                digests = check_header(header, self.fmt, info)
+                if self._headers is not None:
+                    self._headers[places[member]] = info, digests
+            check_heads(payload, self.fmt, info, digests, firsts[member])
+
+    def _known_digests(self, place: tuple[int, int], info: ChunkInfo) -> tuple[int, ...] | None:
+        known = None if self._headers is None else self._headers.get(place)
+        return None if known is None or known[0] != info else known[1]
 
     def _on_file(
         self, segment: int, move: Callable[[int, str], None], *, writing: bool, is_aligned: bool
@@ -216,6 +235,34 @@ class RecordIo:
                 raise
             with self._files.open(segment, writing=writing, direct=False) as fd:
                 move(fd, file)
+
+
+def first_heads(
+    heads: slice | Sequence[int], num_slots: int, num_kv_heads: int
+) -> tuple[Sequence[int], int]:
+    """Return the first head to read of each slot, and how many from there.
+
+    Parameters
+    ----------
+    heads : slice or sequence of int
+        Consecutive heads, the same of every slot; or one of each slot.
+    num_slots, num_kv_heads : int
+
+    Raises
+    ------
+    ConfigError
+        They are none, not consecutive, not as many as slots, or there are no such heads.
+    """
+    if isinstance(heads, slice):
+        first, stop, step = heads.indices(num_kv_heads)
+        if step != 1 or stop <= first:
+            raise ConfigError(f"{heads} does not name consecutive heads of {num_kv_heads}")
+        return [first] * num_slots, stop - first
+    if len(heads) != num_slots or not all(0 <= head < num_kv_heads for head in heads):
+        raise ConfigError(
+            f"{heads} does not name one of {num_kv_heads} heads for {num_slots} slots"
+        )
+    return heads, 1
 
 
 def _pages(memory: memoryview, n: int) -> list[memoryview]:

@@ -51,6 +51,8 @@ def write_report(
     notes: Sequence[str],
     sheets: Iterable[Sheet],
     figures: Iterable[Figure],
+    *,
+    x_label: str = plots.SHARE_READ,
 ) -> Path:
     """Write ``report.md`` and its plots, which it leaves out where matplotlib is missing.
 
@@ -63,6 +65,8 @@ def write_report(
     notes : sequence of str
         What a reader must know to understand the numbers.
     sheets, figures
+    x_label : str
+        What the figures are over.
 
     Returns
     -------
@@ -73,7 +77,7 @@ def write_report(
     lines += [f"{made_by.date}; {made_by.machine}.", ""]
     for note in notes:
         lines += [note, ""]
-    lines += _pictures(directory, figures)
+    lines += _pictures(directory, list(figures), x_label)
     for sheet in sheets:
         lines += [f"## {sheet.title}", "", *_markdown(sheet), ""]
     page = directory / REPORT
@@ -81,13 +85,15 @@ def write_report(
     return page
 
 
-def _pictures(directory: Path, figures: Iterable[Figure]) -> list[str]:
+def _pictures(directory: Path, figures: Sequence[Figure], x_label: str) -> list[str]:
+    if not figures:
+        return []
     if not plots.can_draw():
         return [f"There are no plots: matplotlib is not installed (`{plots.INSTALL}`).", ""]
     lines = ["## Plots", ""]
     for figure in figures:
-        caption = f"{figure.y_label} against tokens read: {figure.title}"
-        lines += [f"![{caption}]({plots.draw(figure, directory)})", ""]
+        caption = f"{figure.y_label} against {x_label}: {figure.title}"
+        lines += [f"![{caption}]({plots.draw(figure, directory, x_label)})", ""]
     return lines
 
 

@@ -1,18 +1,20 @@
 """Sparse attention: search an index, read the tokens it names, estimate the others."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from offload.exact import AttentionCall
 from offload.index.base import Hits, KeyIndex
+from offload.kernels import dispatch
 from offload.kernels.reference import merge
-from offload.sparse.gather import gather_tokens
 from offload.sparse.indexes import Holder, LayerIndexes
 from offload.sparse.plan import SparsePlan
 from offload.sparse.queries import QuerySample
+from offload.sparse.row_reader import RowReader
 from offload.sparse.self_check import ErrorStats, SelfCheck
 from offload.sparse.steering import ErrorSteering
 from offload.store import ChunkStore
@@ -58,14 +60,27 @@ class Retrieval:
     Parameters
     ----------
     store : ChunkStore
+    rows : RowReader or None
+        Finds the tokens that are read; needed with an index only.
     device : torch.device
         Of the model.
     plan : SparsePlan
+    max_wait_s : float or None
+        Longest wait for rows, of one layer; what has not arrived is estimated.
     """
 
-    def __init__(self, store: ChunkStore, device: torch.device, plan: SparsePlan) -> None:
+    def __init__(
+        self,
+        store: ChunkStore,
+        rows: RowReader | None,
+        device: torch.device,
+        plan: SparsePlan,
+        max_wait_s: float | None = None,
+    ) -> None:
         self.plan = plan
         self._store = store
+        self._rows = rows
+        self._max_wait_s = max_wait_s
         self._device = device
         self._place = torch.device("cpu") if plan.placement == "host" else device
         self._indexes = (
@@ -89,11 +104,15 @@ class Retrieval:
     def settle(self) -> None:
         """Wait for what goes on in the background."""
         self._check.settle()
+        if self._rows is not None:
+            self._rows.settle()
         if self._indexes is not None:
             self._indexes.settle()
 
     def forget(self, owner: int) -> None:
         """Drop what is kept for one cache or fork."""
+        if self._rows is not None:
+            self._rows.forget(owner)
         if self._indexes is not None:
             self._indexes.forget(owner)
 
@@ -161,12 +180,14 @@ class Retrieval:
         index = self._index(layer, row, ripe, heads)
         chunks = layer.rows[row][covered.start : covered.stop]
         assert index.num_tokens == len(chunks) * layout.chunk_tokens
+        version = (layer.version, covered.start, covered.stop)
+        run = _Run(layer.index, (layer.owner, row), version, chunks, heads)
         groups = (layout.num_kv_heads, num_heads // layout.num_kv_heads, num_queries)
         asked = query.unflatten(0, groups[:2])[list(heads)].to(self._place)
         # A group shares what it reads; the queries of different positions look for other things.
         for position in range(num_queries):
             one = asked[:, :, position]
-            found = self._attend_heads(one, index, chunks, heads, layer.num_context)
+            found = self._attend_heads(one, index, run, layer.num_context)
             out.view(*groups, -1)[list(heads), :, position] = found.out.to(out.device)
             lse.view(groups)[list(heads), :, position] = found.lse.to(lse.device)
         return out, lse
@@ -181,27 +202,28 @@ class Retrieval:
         return self._indexes.over(holder, (layer.version, ripe), chunks, heads, queries)
 
     def _attend_heads(
-        self,
-        query: Tensor,
-        index: KeyIndex,
-        chunks: Sequence[ChunkId],
-        heads: tuple[int, ...],
-        num_context: int,
+        self, query: Tensor, index: KeyIndex, run: "_Run", num_context: int
     ) -> Partial:
         """Attend for some KV heads; ``query`` is [len(heads), group_size, key_dim], scaled."""
-        hits = self._search(query, index, num_context)
-        rows = gather_tokens(self._store, self._place, chunks, heads, hits.ids.cpu()).float()
-        key_dim = self._store.layout.key_dim
-        values = rows[..., key_dim:]
-        parts = [_attend_rows(query, rows[..., :key_dim], values, hits.found)]
-        if self.plan.has_tail:
-            tail = index.tail(query, hits, hits.found, values)
-            parts += [] if tail is None else [tail]
-        merged = merge(parts) if len(parts) > 1 else parts[0]
-        drawn = self._check.draw(len(heads))
+        assert self._rows is not None
+        hits, layout = self._search(query, index, num_context), self._store.layout
+        addresses = torch.from_numpy(
+            self._rows.locate(*run, hits.ids.cpu().numpy(), deadline_s=self._max_wait_s)
+        ).to(query.device)
+        if index.tail_takes_values and self.plan.has_tail:
+            rows = dispatch.read_rows(addresses, layout.row_dim, layout.dtype).float()
+            keys, values = rows.split([layout.key_dim, layout.value_dim], -1)
+            read = _attend_rows(query, keys, values, addresses != 0)
+        else:
+            values = query.new_empty(*addresses.shape, 0)
+            read = dispatch.attend_rows(query, addresses, layout.value_dim, layout.dtype)
+        tail = index.tail(query, hits, addresses != 0, values) if self.plan.has_tail else None
+        merged = read if tail is None else merge([read, tail])
+        self._rows.release()
+        drawn = self._check.draw(len(run.heads))
         if drawn is not None:
             found = Partial(merged.out[drawn], merged.lse[drawn])
-            self._check.start(heads[drawn], query[drawn], chunks, found)
+            self._check.start(run.heads[drawn], query[drawn], run.chunks, found)
         return merged
 
     def _search(self, query: Tensor, index: KeyIndex, num_context: int) -> Hits:
@@ -218,6 +240,16 @@ class Retrieval:
     def _observe(self, error: float) -> None:
         if self.plan.error is not None:
             self._steering.observe(error, self.plan.error)
+
+
+class _Run(NamedTuple):
+    """Chunks of one row of a layer, and the heads that are read of them; see ``RowReader``."""
+
+    layer: int
+    row_key: tuple[int, int]
+    version: Hashable
+    chunks: Sequence[ChunkId]
+    heads: tuple[int, ...]
 
 
 def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, found: Tensor) -> Partial:

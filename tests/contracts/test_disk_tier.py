@@ -124,6 +124,43 @@ class TestDiskTier(TierContract):
         assert all(torch.equal(a, b.flatten()) for a, b in zip(out, chunks, strict=True))
         tier.close()
 
+    def test_read_heads_of_one_head_per_slot_returns_each(self) -> None:
+        layout = ChunkLayout(4, 16, 64, 64, torch.bfloat16)
+        tier = self.make_tier(4, layout)
+        source, slots = make_buffers(3, layout, seed=5), tier.allocate(3)
+        tier.write(slots, make_infos(3), source).wait(WAIT_S)
+        order, heads = [2, 0, 2, 1], [3, 0, 1, 2]
+        infos = make_infos(3)
+        out = [torch.zeros(layout.chunk_bytes // 4, dtype=torch.uint8) for _ in order]
+        tier.read_heads(
+            [slots[i] for i in order], [infos[i] for i in order], heads, out, urgent=False
+        ).wait(WAIT_S)
+        for i, head, found in zip(order, heads, out, strict=True):
+            assert torch.equal(found, source[i][: layout.chunk_bytes].view(4, -1)[head])
+        assert tier.reading.total_s > 0
+        tier.close()
+
+    def test_heads_of_a_slot_that_was_written_again_are_the_new_ones(self) -> None:
+        layout = ChunkLayout(4, 16, 64, 64, torch.bfloat16)
+        tier = self.make_tier(4, layout)
+        infos, slots = make_infos(1), tier.allocate(1)
+        out = [torch.zeros(layout.chunk_bytes // 4, dtype=torch.uint8)]
+        for seed in (5, 6):
+            source = make_buffers(1, layout, seed=seed)
+            tier.write(slots, infos, source).wait(WAIT_S)
+            tier.read_heads(slots, infos, [1], out).wait(WAIT_S)
+            assert torch.equal(out[0], source[0][: layout.chunk_bytes].view(4, -1)[1])
+        tier.free(slots)
+        assert not tier._headers
+        tier.close()
+
+    @pytest.mark.parametrize("heads", [[0], [0, 4], [0, -1], [0, 1, 2]])
+    def test_read_heads_that_are_not_one_per_slot_is_refused(self, heads: list[int]) -> None:
+        tier = self.make_tier(4, ChunkLayout(4, 16, 64, 64, torch.bfloat16))
+        with pytest.raises(ConfigError, match="one of 4 heads for 2 slots"):
+            tier.read_heads(tier.allocate(2), make_infos(2), heads, [])
+        tier.close()
+
     @pytest.mark.parametrize("heads", [slice(1, 1), slice(0, 2, 2), slice(2, 0, -1)])
     def test_read_heads_that_are_not_consecutive_is_refused(self, heads: slice) -> None:
         tier = self.make_tier(4, WHOLE_PAGES)

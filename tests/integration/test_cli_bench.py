@@ -1,19 +1,23 @@
-"""``offload bench soak`` on a real disk with injected faults, and on tiers that are broken."""
+"""``offload bench``: small measurements, and soaks on faulty disks and on tiers that are broken."""
 
 import contextlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from offload.cli import main
+from offload.evals import plots
 from offload.soak_round import SoakRound
 from offload.soak_tally import Tally
 from offload.table import ChunkTable
 from offload.tiers import record_io
 from offload.tiers.faults import KINDS, FaultPlan
+from tests.support.small_caches import check_nothing_left
 
 _HEAVY = "delay=0.2:0.001,hang=0.02:0.55,fail=0.03,full=0.05,truncate=0.1,flip=0.1"
 
@@ -159,3 +163,134 @@ def test_bench_with_arguments_that_do_not_parse_exits_2(
         main(arguments)
     assert refused.value.code == 2
     assert "usage: offload bench" in capsys.readouterr().err
+
+
+def measure(*arguments: str, output: Path) -> list[dict[str, Any]]:
+    """Run a benchmark that is small; return its rows."""
+    small = ["--shape", "tiny", "--layers", "2", "--steps", "2", "--rounds", "2", "--threads", "1"]
+    assert main(["bench", *arguments, *small, "--output", str(output)]) == 0
+    return [json.loads(line) for line in (output / "rows.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.leaks
+def test_bench_attention_measures_contenders_on_every_cell(tmp_path: Path) -> None:
+    contenders = ["dense", "dynamic", "exact", "adaptive", "streaming:256"]
+    rows = measure(
+        *("attention", "--contexts", "512", "2048", "--contenders", *contenders),
+        *("--budgets", "0.05", "--dtype", "float32"),
+        output=tmp_path / "new" / "results",
+    )
+    names = ["dense", "dynamic", "exact", "adaptive:0.05", "streaming:256"]
+    assert [row["contender"] for row in rows] == 2 * names
+    assert [row["num_tokens"] for row in rows] == 5 * [512] + 5 * [2048]
+    assert all(row["ms_p95"] >= row["ms_median"] > 0 for row in rows)
+    assert all(row["num_steps"] == 4 and row["num_rounds"] == 2 for row in rows)
+    dense, dynamic, exact, adaptive, streaming = rows[5:]
+    assert dense["ratio"] == 1.0
+    assert dense["limit_share"] > 0
+    assert max(row["error_median"] for row in (dense, dynamic, exact)) < 1e-5
+    assert 1e-5 < adaptive["error_median"] < streaming["error_median"]
+    assert adaptive["index_bytes"] > 0
+    assert streaming["read_bytes"] < adaptive["read_bytes"] < exact["read_bytes"]
+    assert exact["read_bytes"] == dense["read_bytes"]
+    assert exact["made_by"]["versions"]["torch"]
+
+
+@pytest.mark.leaks
+def test_bench_attention_on_disk_reads_what_does_not_fit(tmp_path: Path) -> None:
+    rows = measure(
+        *("attention", "--contexts", "2048", "--contenders", "flexgen", "exact"),
+        *("--ram-share", "all", "0.2", "--batch", "2", "--disk-path", str(tmp_path / "disk")),
+        output=tmp_path / "results",
+    )
+    streamed, fits, _, limited = rows
+    kv_bytes = 2 * 2 * 2048 * 2 * 2 * 64 * 2
+    assert fits["disk_bytes"] is None
+    assert streamed["disk_bytes"] == pytest.approx(kv_bytes, rel=0.1)
+    assert 0.5 * kv_bytes < limited["disk_bytes"] < 0.95 * kv_bytes
+    assert limited["bandwidths"]["disk"] > 0
+    check_nothing_left(tmp_path / "disk")
+
+
+@pytest.mark.parametrize("prefill", [[], ["--prefill"]])
+def test_bench_decode_compares_logits_with_those_of_the_first_contender(
+    prefill: list[str], tmp_path: Path
+) -> None:
+    contenders = ["--contenders", "dynamic", "exact", "streaming:256"]
+    arguments = ("decode", "--contexts", "600", "--dtype", "float32", *contenders, *prefill)
+    dynamic, exact, streaming = measure(*arguments, output=tmp_path)
+    assert dynamic["error_median"] is None
+    assert exact["error_median"] < 1e-4 < streaming["error_median"]
+
+
+def test_bench_suite_with_options_changes_what_it_says(tmp_path: Path) -> None:
+    arguments = ("suite", "cpu-ram", "--contexts", "512", "--contenders", "dense", "exact")
+    rows = measure(*arguments, output=tmp_path)
+    assert [(row["name"], row["contender"]) for row in rows] == [
+        ("cpu-ram", "dense"),
+        ("cpu-ram", "exact"),
+    ]
+
+
+def test_bench_page_has_tables_bandwidths_and_plots(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure("attention", "--contexts", "512", "--plots", "--contenders", "dense", output=tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "## 512 tokens, attention of tiny, 2 layers" in page
+    assert "Measured in between" in page
+    drawn = sorted(file.name for file in tmp_path.glob("*.svg"))
+    assert drawn == (["limit_share_0.svg", "ms_per_step_0.svg"] if plots.can_draw() else [])
+    assert "against tokens of context" in page or not drawn
+    assert f"report: {tmp_path / 'report.md'}" in capsys.readouterr().out
+
+
+def test_bench_with_json_prints_the_lines_of_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("attention", "--contexts", "512", "--contenders", "dense", "--json")
+    measure(*arguments, output=tmp_path)
+    assert capsys.readouterr().out == (tmp_path / "rows.jsonl").read_text()
+
+
+def test_bench_with_a_time_limit_begins_no_further_round(tmp_path: Path) -> None:
+    arguments = ("attention", "--contexts", "512", "--seconds", "0", "--contenders", "dense")
+    [row] = measure(*arguments, output=tmp_path)
+    assert row["num_rounds"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["attention", "--contenders", "fast"], "unknown contender 'fast'"),
+        (["attention", "--contexts", "4000000000"], "take fewer|measure fewer of them together"),
+        (["attention", "--capacity", "disk=1GiB", "gpu=1GiB"], "not in order"),
+        (["suite", "tpu"], "unknown suite 'tpu'"),
+    ],
+)
+def test_bench_of_what_cannot_be_says_why_in_the_last_line(
+    arguments: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--contenders", "exact"] if "--contenders" not in arguments else []
+    output = ["--output", str(tmp_path), "--shape", "tiny"]
+    assert main(["bench", *arguments, *given, *output]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("offload: ")
+    assert re.search(reason, last)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_bench_suite_for_a_device_without_one_refuses_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "suite", "gpu", "--output", str(tmp_path)]) == 2
+    assert "suite 'gpu' needs a CUDA device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_with_an_output_that_cannot_be_written_says_so_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["bench", "attention", "--output", str(tmp_path / "file" / "results")]) == 2
+    assert "the results cannot be written" in capsys.readouterr().err

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 _OPEN_FILES = Path("/proc/self/fd")
+_SHARED_THREADS = ("offload-kernel", "tqdm_monitor")
+"""Started once in a process, for everybody."""
+
 _GRACE_S = 5.0
 
 
@@ -43,7 +46,11 @@ def no_leaks(temporary_files: Path) -> Iterator[None]:
 
 
 def _threads_since(before: set[threading.Thread]) -> list[str]:
-    started = set(threading.enumerate()) - before
+    started = {
+        thread
+        for thread in set(threading.enumerate()) - before
+        if not thread.name.startswith(_SHARED_THREADS)
+    }
     for thread in started:
         # A thread that was told to stop may still be on its way out.
         thread.join(_GRACE_S)

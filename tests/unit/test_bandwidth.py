@@ -3,9 +3,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from offload import bandwidth
-from offload.bandwidth import measure_disk, measure_memcpy
+from offload.bandwidth import measure_disk, measure_link, measure_memcpy, measure_memory_read
 from offload.errors import ConfigError, StorageError
 from offload.machine import accepts_direct_io, read_disk
 
@@ -20,6 +21,8 @@ def test_measure_disk_of_a_directory_returns_rates_and_leaves_nothing(tmp_path: 
     measured = measure_disk(directory, 5 * MIB)
     assert measured.read_bytes_per_s > 0
     assert measured.write_bytes_per_s > 0
+    assert 0 < measured.read_latency_s < 1
+    assert measured.pieces_per_s > 0
     assert measured.is_direct == accepts_direct_io(directory)
     assert list(directory.iterdir()) == []
 
@@ -64,3 +67,11 @@ def test_measure_disk_of_a_short_read_raises(
 
 def test_measure_memcpy_of_a_buffer_returns_a_rate() -> None:
     assert measure_memcpy(4 * MIB) > 0
+
+
+def test_measure_memory_read_of_a_buffer_returns_a_rate() -> None:
+    assert measure_memory_read(torch.device("cpu"), 4 * MIB) > 0
+
+
+def test_measure_link_to_the_cpu_is_that_of_a_copy() -> None:
+    assert measure_link(torch.device("cpu"), 4 * MIB) > 0

@@ -90,6 +90,12 @@ def test_doctor_json_holds_every_field_in_bytes(
     assert report["machine"]["disk"]["directory"] == str(tmp_path / "later")
     assert set(report["default_capacities"]) == {"gpu", "cpu", "disk"}
     assert report["disk_bandwidth"]["read_bytes_per_s"] > 0
+    assert report["memory_read_bytes_per_s"] > 0
+    forecast = report["forecast"]
+    assert forecast["model"]["costs"]["search"]["unit_s"] > 0
+    assert [step["num_tokens"] for step in forecast["steps"]] == sorted(
+        step["num_tokens"] for step in forecast["steps"]
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -98,7 +104,8 @@ def test_doctor_table_has_a_row_for_everything_it_found(
 ) -> None:
     assert cli.main(["doctor", "--probe", "4MiB", "--dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for row in ("memory", "cgroup limit", "O_DIRECT", "disk read", "default capacity, disk"):
+    found = ("memory", "cgroup limit", "O_DIRECT", "disk read", "default capacity, disk")
+    for row in (*found, "disk latency", "memory read", "dense up to", "128K tokens, a layer"):
         assert row in printed
 
 
@@ -113,5 +120,5 @@ def test_doctor_notes_about_the_disk_say_what_is_wrong_with_it(
     file_system: str, is_direct: bool, said: str
 ) -> None:
     machine = Machine(Memory(1, 1, None), (), Disk(Path("cache"), 1, 1, file_system))
-    bandwidth = DiskBandwidth(1.0, 1.0, is_direct)
+    bandwidth = DiskBandwidth(1.0, 1.0, is_direct, 1.0, 1.0)
     assert any(said in note for note in cli_doctor.find_notes(machine, bandwidth))

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = ("kernels", "tiers", "index", "prefetch")
-SUBPACKAGES = ("evals", "sessions", "sparse")
+SUBPACKAGES = ("bench", "evals", "sessions", "sparse")
 """Folders inside ``offload/`` itself."""
 ALL_FOLDERS = ("offload", *FOLDERS, "tests", "tools", "benchmarks")
 NOUNS = {"offload.errors", "offload.types"}

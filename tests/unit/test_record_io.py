@@ -11,7 +11,7 @@ from offload.tiers.io_engine import SCRATCH_PAGES
 from offload.tiers.io_plan import MAX_OP_BYTES
 from offload.tiers.pool import page_aligned
 from offload.tiers.record import RecordFormat
-from offload.tiers.record_io import RecordIo
+from offload.tiers.record_io import KnownHeaders, RecordIo
 from offload.tiers.segment_files import SegmentFiles
 from offload.types import PAGE_BYTES, ChunkInfo, ChunkLayout
 
@@ -36,10 +36,20 @@ class _CountedReads:
 class _Records:
     """Records 0 to ``n - 1`` of some segments, each with its own random content."""
 
-    def __init__(self, directory: Path, layout: ChunkLayout, n: int, num_segments: int = 1) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        layout: ChunkLayout,
+        n: int,
+        num_segments: int = 1,
+        *,
+        remembers: bool = False,
+    ) -> None:
         self.reads = _CountedReads()
         self.fmt = RecordFormat(layout, b"model")
-        self.io = RecordIo(SegmentFiles(directory), self.fmt, self.reads)
+        self.headers: KnownHeaders | None = {} if remembers else None
+        files = SegmentFiles(directory)
+        self.io = RecordIo(files, self.fmt, self.reads, headers=self.headers)
         self.directory = directory
         self.places = [(segment, index) for segment in range(num_segments) for index in range(n)]
         self.infos = [ChunkInfo(i, 3, 64 * i) for i in range(len(self.places))]
@@ -60,7 +70,8 @@ class _Records:
         memory = page_aligned(len(records) * stride).view(len(records), stride)
         out = list(memory[:, :num_bytes])
         for members in self.io.plan_heads(places, num_bytes, 1):
-            self.io.read_heads(places, members, infos, first, out, _scratch())
+            firsts = [first] * len(records)
+            self.io.read_heads(places, members, infos, firsts, out, _scratch())
         return out
 
     def damage(self, record: int, offset: int) -> None:
@@ -140,6 +151,32 @@ def test_damage_to_the_heads_or_the_header_of_one_of_several_records_is_found(
     kept.damage(2, 100)
     with pytest.raises(CorruptChunk, match=r"chunk 2 .* header checksum"):
         kept.read_heads([2], first, 1)
+
+
+def test_header_that_was_verified_is_not_read_again_and_still_tells_damage(tmp_path: Path) -> None:
+    kept = _Records(tmp_path, _FAR_HEADS, n=2, remembers=True)
+    head_bytes = kept.fmt.head_bytes
+    kept.read_heads([0, 1], 3, 1)
+    kept.reads.sizes.clear()
+    for record, head in ((0, 3), (1, 0)):
+        [found] = kept.read_heads([record], head, 1)
+        assert torch.equal(found, kept.heads(record, head, 1))
+    assert kept.reads.sizes == [head_bytes, head_bytes]
+    kept.damage(0, PAGE_BYTES + 2 * head_bytes)
+    with pytest.raises(CorruptChunk, match=r"chunk 0 .* first of head 2"):
+        kept.read_heads([0], 2, 1)
+
+
+def test_header_of_a_damaged_record_or_of_another_chunk_is_not_remembered(tmp_path: Path) -> None:
+    kept = _Records(tmp_path, _FAR_HEADS, n=2, remembers=True)
+    kept.damage(0, 100)
+    with pytest.raises(CorruptChunk, match="header checksum"):
+        kept.read_heads([0], 1, 1)
+    assert kept.headers == {}
+    kept.read_heads([1], 1, 1)
+    kept.infos[1] = ChunkInfo(7, 3, 64)
+    with pytest.raises(CorruptChunk, match="chunk_id should be 7"):
+        kept.read_heads([1], 1, 1)
 
 
 def test_damage_to_other_heads_and_to_what_lies_between_goes_unnoticed(tmp_path: Path) -> None:

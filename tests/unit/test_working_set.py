@@ -1,11 +1,14 @@
 """The working set: staging and write buffers fit into the capacities, or it is an error."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.errors import CapacityError
-from offload.working_set import plan_working_set
+from offload.sparse.row_plan import RowMemory, RowPlan
+from offload.types import ChunkLayout
+from offload.working_set import plan_row_memory, plan_working_set
 
 MIB = 1 << 20
 
@@ -61,3 +64,27 @@ def test_buffers_with_room_enough_are_large_enough_for_the_disk(device: int | No
 
 def test_host_gives_write_buffers_an_eighth_at_most() -> None:
     assert plan_working_set(None, 8 * MIB, MIB // 4, 0, batch=1).num_write_buffers == 4
+
+
+LAYOUT = ChunkLayout(8, 64, 128, 128, torch.bfloat16)
+HEAD_BYTES = LAYOUT.chunk_bytes // 8
+
+
+@given(spare=st.integers(HEAD_BYTES, 1 << 36), share=st.floats(0, 1))
+def test_row_memory_of_any_capacity_holds_a_head_and_leaves_the_rest_to_chunks(
+    spare: int, share: float
+) -> None:
+    memory = plan_row_memory(spare, LAYOUT, RowPlan(line_share=share))
+    assert HEAD_BYTES <= memory.staging_bytes <= max(HEAD_BYTES, min(8 * MIB, spare // 8))
+    assert memory.staging_bytes % HEAD_BYTES == 0
+    assert memory.num_bytes <= spare
+    assert abs(memory.line_bytes - share * (spare - memory.staging_bytes)) <= 1
+
+
+def test_row_memory_below_one_head_raises_with_the_numbers() -> None:
+    with pytest.raises(CapacityError, match=r"the 32767 bytes beside .* 32768 bytes"):
+        plan_row_memory(HEAD_BYTES - 1, LAYOUT, RowPlan())
+
+
+def test_row_memory_without_a_host_tier_is_staging_only() -> None:
+    assert plan_row_memory(None, LAYOUT, RowPlan()) == RowMemory(8 * MIB, 0)

@@ -1,0 +1,104 @@
+"""What numba lacks: bits as numbers, half precision, memory by address.
+
+Needs numba. Functions here are for use inside of compiled kernels.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_I8, _I16, _I32 = (ir.IntType(bits) for bits in (8, 16, 32))
+
+
+@intrinsic
+def as_float(typing_context: Any, bits: Any) -> Any:
+    """Return the float32 with the bits of a uint32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def as_bits(typing_context: Any, number: Any) -> Any:
+    """Return the bits of a float32 as a uint32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _I32)
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def from_half(typing_context: Any, bits: Any) -> Any:
+    """Return the float32 of the bits of a float16, a uint16."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Begin to load the cache line at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], _I8.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
+def _load_at(numba_type: Any) -> Any:
+    @intrinsic
+    def load(typing_context: Any, address: Any, index: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            kind = context.get_value_type(numba_type)
+            pointer = builder.inttoptr(arguments[0], kind.as_pointer())
+            return builder.load(builder.gep(pointer, [arguments[1]]))
+
+        return numba_type(types.int64, types.int64), generate
+
+    return load
+
+
+load_u8 = _load_at(types.uint8)
+load_u16 = _load_at(types.uint16)
+load_f32 = _load_at(types.float32)
+"""Element ``index`` of an array at an address."""
+
+
+@njit(inline="always")
+def from_brain(bits: np.uint16) -> np.float32:
+    """Return the float32 of the bits of a bfloat16."""
+    return as_float(np.uint32(bits) << np.uint32(16))
+
+
+@njit(inline="always")
+def exp(number: np.float32) -> np.float32:
+    """Return e to the power of a float32, to 4e-6, on all lanes at once, unlike libm's.
+
+    The least result is 2**-60: what is smaller is nothing beside one, but its square would be
+    handled by microcode.
+    """
+    power = min(max(number * np.float32(1.4426950408889634), np.float32(-60.0)), np.float32(127.0))
+    whole = np.floor(power + np.float32(0.5))
+    part = power - whole
+    value = np.float32(1.5353362e-4)
+    value = value * part + np.float32(1.3398874e-3)
+    value = value * part + np.float32(9.6184370e-3)
+    value = value * part + np.float32(5.5503324e-2)
+    value = value * part + np.float32(2.4022648e-1)
+    value = value * part + np.float32(6.9314720e-1)
+    value = value * part + np.float32(1.0)
+    return as_float(as_bits(value) + (np.uint32(np.int32(whole)) << np.uint32(23)))

@@ -1,0 +1,108 @@
+"""The scan of ``kernels.scan`` on CPUs with compiled kernels. Needs numba."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import pad
+
+from offload.kernels.codes import middle, rotation
+from offload.kernels.cpu_scan_heads import scan_heads
+from offload.kernels.cpu_scan_tables import LOGS, LOGS_OF_BRAINS, Found, Query, Tables
+from offload.kernels.cpu_threads import run_shares
+from offload.kernels.scan import Combine, Scan, ScanTables
+from offload.types import Partial
+
+_MAX_DIM = 320
+"""Sums of products of codes fit into 16 bits, and of centroids into 32."""
+
+
+def supports(tables: ScanTables, query: Tensor) -> bool:
+    """Whether ``scan`` here can do what ``kernels.scan`` would be asked to."""
+    return query.device.type == "cpu" and query.shape[-1] <= _MAX_DIM
+
+
+def scan(tables: ScanTables, query: Tensor, budget: int, group: Combine) -> Scan:
+    """Scan as ``kernels.scan.scan`` does. Thread-safe: no state."""
+    num_heads, num_queries, _ = query.shape
+    shape, hits = (num_heads, num_queries), min(budget, tables.num_tokens)
+    value_dim = tables.value_means.shape[2]
+    found = Scan(
+        places=torch.empty(num_heads, hits, dtype=torch.int64),
+        clusters=torch.empty(num_heads, hits, dtype=torch.int64),
+        logits=torch.empty(*shape, hits),
+        rest=Partial(torch.empty(*shape, value_dim), torch.empty(shape)),
+        squares=torch.empty(shape),
+        num_scanned=0,
+    )
+    num_scanned = np.zeros(num_heads, np.int64)
+    out = Found(
+        found.places.numpy(),
+        found.clusters.numpy(),
+        found.logits.numpy(),
+        found.rest.out.numpy(),
+        found.rest.lse.numpy(),
+        found.squares.numpy(),
+        num_scanned,
+    )
+    arrays, asked = _arrays(tables), _round_query(tables, query)
+    sizes = np.array(tables.sizes, np.int64)
+
+    def kernel(share: int, num_shares: int) -> None:
+        scan_heads(
+            share,
+            num_shares,
+            arrays,
+            sizes,
+            tables.num_bits,
+            asked,
+            tables.wanted(budget),
+            group == "max",
+            tables.noise(),
+            LOGS,
+            LOGS_OF_BRAINS,
+            out,
+        )
+
+    run_shares(kernel, num_heads)
+    return found._replace(num_scanned=int(num_scanned.sum()))
+
+
+def _arrays(tables: ScanTables) -> Tables:
+    return Tables(
+        tables.centroids.numpy(),
+        _bits(tables.centroid_scale),
+        tables.value_means.numpy(),
+        _bits(tables.value_mean_scale),
+        tables.counts.numpy(),
+        _bits(tables.spread),
+        _bits(tables.radius),
+        tables.key_bits.numpy(),
+        _bits(tables.key_scale),
+        tables.value_bits.numpy(),
+        _bits(tables.value_scale),
+        _bits(tables.basis),
+    )
+
+
+def _bits(half: Tensor) -> NDArray[np.uint16]:
+    return half.view(torch.int16).numpy().view(np.uint16)
+
+
+def _round_query(tables: ScanTables, query: Tensor) -> Query:
+    dim = query.shape[-1]
+    wide_unit = query.abs().amax(-1).clamp_min(1e-30) / min(32767, (1 << 31) // (127 * dim) - 1)
+    turned = query @ rotation(dim)
+    unit = turned.abs().amax(-1).clamp_min(1e-30) / 127
+    narrow = (turned / unit.unsqueeze(-1)).round()
+    per_row = tables.key_bits.shape[2] * 4 * 8 // tables.num_bits
+    rows = pad(narrow, (0, per_row - dim)).to(torch.int8)
+    wide = (query / wide_unit.unsqueeze(-1)).round()
+    return Query(
+        pad(wide, (0, -dim % 32)).to(torch.int16).numpy(),
+        wide_unit.numpy(),
+        rows.unflatten(2, (-1, 4)).transpose(1, 2).contiguous().numpy(),
+        unit.numpy(),
+        (narrow.sum(-1) * unit * middle(tables.num_bits)).numpy(),
+        query.norm(dim=-1).numpy(),
+    )

@@ -1,0 +1,106 @@
+"""Run a benchmark: bandwidths first, then cell after cell."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from offload.bench.contenders import find_entries
+from offload.bench.contexts import Context, make_context
+from offload.bench.drivers import AttentionDriver, ModelDriver, make_model
+from offload.bench.measure import measure_cell
+from offload.bench.rows import BenchRow
+from offload.bench.settings import WARM_STEPS, BenchSettings, Cell
+from offload.bench.summary import make_row
+from offload.bench.yardstick import Yardstick
+from offload.errors import CapacityError
+from offload.machine import read_memory
+
+
+class Benchmark:
+    """One benchmark, checked and ready to run.
+
+    Parameters
+    ----------
+    settings : BenchSettings
+
+    Raises
+    ------
+    ConfigError
+        There is no such contender, or it cannot take part on this machine.
+    """
+
+    def __init__(self, settings: BenchSettings) -> None:
+        self.settings = settings
+        self._entries = find_entries(settings)
+
+    @property
+    def num_steps(self) -> int:
+        """How often ``advance`` is called if no round is left out."""
+        settings = self.settings
+        per_entry = 1 + settings.rounds * (WARM_STEPS + settings.steps)
+        return len(list(settings.cells())) * len(self._entries) * per_entry
+
+    def run(self, advance: Callable[[], object]) -> Iterator[BenchRow]:
+        """Yield one row per cell and contender.
+
+        Raises
+        ------
+        CapacityError
+            The contenders of a cell do not fit into memory together.
+        ConfigError, StorageError
+            The disk cannot be used.
+        """
+        settings = self.settings
+        cells = list(settings.cells())
+        has_disk = any(each.uses_disk(settings, cell) for each in self._entries for cell in cells)
+        model = make_model(settings) if settings.level == "decode" else None
+        with Yardstick(settings.torch_device, settings.disk_path, has_disk=has_disk) as yardstick:
+            for cell in cells:
+                self._check_memory(cell)
+                yield from self._measure(cell, model, yardstick, advance)
+
+    def _measure(
+        self,
+        cell: Cell,
+        model: torch.nn.Module | None,
+        yardstick: Yardstick,
+        advance: Callable[[], object],
+    ) -> list[BenchRow]:
+        # Only rows leave this method: the next cell needs the memory of the caches.
+        context = _context(self.settings, cell)
+        driver = (
+            AttentionDriver(self.settings, cell, context)
+            if model is None
+            else ModelDriver(self.settings, cell, context, model)
+        )
+        subjects, speeds = measure_cell(driver, yardstick, advance)
+        return [make_row(each, subjects[0], driver, speeds) for each in subjects]
+
+    def _check_memory(self, cell: Cell) -> None:
+        """Refuse a cell whose contenders, which are open together, do not fit."""
+        kv_bytes = self.settings.kv_bytes(cell)
+        shares = [entry.host_share(self.settings, cell) for entry in self._entries]
+        # The context is that of one layer and row, which all of them share.
+        context_bytes = kv_bytes // (self.settings.num_layers * cell.batch)
+        needed = int(sum(shares) * kv_bytes) + context_bytes
+        available = read_memory().available_bytes
+        if needed > available:
+            raise CapacityError(
+                f"{cell.num_tokens} tokens, batch {cell.batch}: {len(shares)} contenders and the "
+                f"context take {needed} bytes of memory, and {available} are available; measure "
+                "fewer of them together, or fewer layers"
+            )
+
+
+def _context(settings: BenchSettings, cell: Cell) -> Context:
+    return make_context(
+        settings.shape,
+        cell.num_tokens,
+        settings.num_steps,
+        num_layers=settings.num_layers,
+        batch=cell.batch,
+        kind=settings.context_kind,
+        correlation=settings.correlation,
+        dtype=settings.torch_dtype,
+        seed=settings.seed,
+    )

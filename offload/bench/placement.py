@@ -1,0 +1,55 @@
+"""Which tiers a cache gets, and how large they are. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from offload.bench.settings import BenchSettings, Cell
+
+_SLACK: Final = 1.25
+_BESIDE_BYTES: Final = 128 << 20
+"""Tails, staging and write buffers, where a tier is to be large enough for everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Tiers, fastest first, and their capacities in bytes (or as the user wrote them)."""
+
+    capacity: dict[str, int | str]
+
+    @property
+    def tiers(self) -> Sequence[str]:
+        """Names of the tiers."""
+        return tuple(self.capacity)
+
+    @property
+    def has_disk(self) -> bool:
+        """Whether there is a disk tier."""
+        return "disk" in self.capacity
+
+
+def place(settings: BenchSettings, cell: Cell, *, has_device: bool) -> Placement:
+    """Choose tiers for a cell.
+
+    Without a CUDA device the ``gpu`` tier is the host memory, and holds the share of it that the
+    cell gives. With one, it holds ``device_share``, and the host the rest or its own share.
+    """
+    if settings.capacity:
+        return Placement(dict(settings.capacity))
+    kv_bytes = settings.kv_bytes(cell)
+    everything = int(_SLACK * kv_bytes) + _BESIDE_BYTES
+    limited = None if cell.ram_share is None else int(cell.ram_share * kv_bytes)
+    sizes: dict[str, int | str] = {}
+    if has_device:
+        sizes["gpu"] = int(settings.device_share * kv_bytes)
+        sizes["cpu"] = everything if limited is None else limited
+    else:
+        sizes["gpu"] = everything if limited is None else limited
+    if limited is not None:
+        sizes["disk"] = everything
+    return Placement(sizes)
+
+
+def streaming(settings: BenchSettings, cell: Cell) -> Placement:
+    """Return what holds nothing in memory: every chunk is read from disk at every step."""
+    return Placement({"disk": int(_SLACK * settings.kv_bytes(cell)) + _BESIDE_BYTES})

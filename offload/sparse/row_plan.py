@@ -1,0 +1,47 @@
+"""How single token rows are read: how long to wait for them, and what memory they may have."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """What a sparse preset says about reading rows.
+
+    Attributes
+    ----------
+    max_wait_us : float or None
+        Longest wait of one layer of a step for rows from the disk, in microseconds. What has not
+        arrived stays in the estimate, and is there for the next step. None: wait for everything.
+    line_share : float
+        From 0 to 1: share of the host's capacity, after buffers, that holds single rows of chunks
+        on the disk; the rest holds whole chunks.
+    """
+
+    max_wait_us: float | None = None
+    line_share: float = 0.75
+
+    @property
+    def max_wait_s(self) -> float | None:
+        """``max_wait_us`` in seconds."""
+        return None if self.max_wait_us is None else self.max_wait_us * 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class RowMemory:
+    """Host memory for reading rows, in bytes.
+
+    Attributes
+    ----------
+    staging_bytes : int
+        Heads of chunks on their way from the disk; one at least, where there is a disk.
+    line_bytes : int
+        Rows that were read, and their books.
+    """
+
+    staging_bytes: int = 0
+    line_bytes: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """All of it."""
+        return self.staging_bytes + self.line_bytes

@@ -1,0 +1,226 @@
+"""Heads of chunks on their way from the disk, and the rows that are wanted of them."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offload.errors import OffloadError, TransferTimeout
+from offload.sparse.row_keys import Ints, RowKeys, Rows
+from offload.store import ChunkStore
+from offload.tiers.transfer import Transfer
+from offload.types import ChunkId, ChunkInfo, SlotId, round_up
+
+_FLIGHT_HEADS = 32
+"""Heads of one transfer: few, so that the first ones can be used while the last ones are read; but
+four for each of eight threads, which fewer would not keep busy."""
+
+
+@runtime_checkable
+class ReadsHeads(Protocol):
+    """A disk tier: reads single heads of its slots."""
+
+    def read_heads(
+        self,
+        slots: Sequence[SlotId],
+        infos: Sequence[ChunkInfo],
+        heads: slice | Sequence[int],
+        out: Sequence[Tensor],
+        *,
+        urgent: bool = True,
+    ) -> Transfer:
+        """Copy heads of slots into buffers; see ``DiskTier.read_heads``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """A read that has ended.
+
+    Attributes
+    ----------
+    pieces : list of int
+        What was read.
+    keys : ndarray, int64 [n]
+        Rows that were wanted of it.
+    rows : ndarray, uint8 [n, row_bytes], or None
+        A copy of these rows.
+    error : OffloadError or None
+        Why there is none.
+    """
+
+    pieces: list[int]
+    keys: Ints
+    rows: Rows | None
+    error: OffloadError | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A transfer: pieces, ascending, each into the staging buffer of its place."""
+
+    pieces: Ints
+    buffers: Ints
+    chunks: list[ChunkId]
+    wanted: list[Ints]
+    transfer: Transfer
+    is_urgent: bool
+
+
+class HeadReads:
+    """Reads under way, into a fixed number of staging buffers.
+
+    The chunks of a read are protected until it is taken with ``landed``. Only the thread that holds
+    the engine's lock calls methods; the disk tier's threads do the reading.
+
+    Parameters
+    ----------
+    store : ChunkStore
+    staging : Tensor, uint8 [num_bytes]
+        Page-aligned host memory. A buffer is one head of a chunk, in whole pages.
+    is_pinned : bool
+        Page-lock the copies of rows that are handed out.
+    """
+
+    def __init__(self, store: ChunkStore, staging: Tensor, *, is_pinned: bool = False) -> None:
+        self._store = store
+        self._keys = keys = RowKeys.of(store.layout)
+        self._is_pinned = is_pinned
+        stride = round_up(keys.head_bytes)
+        self.num_buffers = staging.numel() // stride
+        self._buffers = [
+            staging[i * stride : i * stride + keys.head_bytes] for i in range(self.num_buffers)
+        ]
+        self._staged = np.lib.stride_tricks.as_strided(
+            staging.numpy(),
+            (self.num_buffers, keys.chunk_tokens, keys.row_bytes),
+            (stride, keys.row_bytes, 1),
+        )
+        self._free = list(range(self.num_buffers))
+        self._flights: list[_Flight] = []
+        self._flight_of: dict[int, _Flight] = {}
+
+    @property
+    def num_flying(self) -> int:
+        """Pieces that are being read, or were and are not taken yet."""
+        return len(self._flight_of)
+
+    def room(self, *, is_urgent: bool) -> int:
+        """Return how many pieces can be read now; what is not urgent gets half of the buffers."""
+        if is_urgent:
+            return len(self._free)
+        patient = sum(len(flight.pieces) for flight in self._flights if not flight.is_urgent)
+        return min(len(self._free), max(0, self.num_buffers // 2 - patient))
+
+    def join(self, piece: int, keys: Ints) -> bool:
+        """Want more rows of a piece that is being read; False if it is not."""
+        flight = self._flight_of.get(piece)
+        if flight is not None:
+            flight.wanted.append(keys)
+        return flight is not None
+
+    def start(self, wanted: Sequence[tuple[int, Ints]], *, is_urgent: bool) -> None:
+        """Begin to read pieces that are not being read yet.
+
+        Parameters
+        ----------
+        wanted : sequence of (piece, keys)
+            No more than there is room for; those first that are needed first.
+        is_urgent : bool
+            Read before everything that is not.
+
+        Raises
+        ------
+        OffloadError
+            A read could not begin; those before it go on.
+        """
+        for first in range(0, len(wanted), _FLIGHT_HEADS):
+            part = sorted(wanted[first : first + _FLIGHT_HEADS], key=lambda pair: pair[0])
+            self._start_flight([piece for piece, _ in part], [keys for _, keys in part], is_urgent)
+
+    def landed(self) -> Iterator[Landing]:
+        """Take the reads that have ended, one after the other; their buffers are free again."""
+        for flight in [flight for flight in self._flights if flight.transfer.done()]:
+            yield self._land(flight)
+
+    def wait(self, pieces: Collection[int], timeout_s: float) -> None:
+        """Wait for the first read of any of these pieces; if there is none, for the first read.
+
+        Raises
+        ------
+        TransferTimeout
+            It has not ended.
+        """
+        chosen = (each for each in self._flights if any(p in pieces for p in each.pieces.tolist()))
+        _wait(next(chosen, self._flights[0]).transfer, timeout_s)
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait until every read has ended, for each so long at most; none is taken.
+
+        Raises
+        ------
+        TransferTimeout
+        """
+        for flight in self._flights:
+            _wait(flight.transfer, timeout_s)
+
+    def _start_flight(self, pieces: list[int], wanted: list[Ints], is_urgent: bool) -> None:
+        tier, disk = self._store.tiers[-1], len(self._store.tiers) - 1
+        assert isinstance(tier, ReadsHeads)
+        buffers = self._free[-len(pieces) :]
+        assert len(buffers) == len(pieces), "more pieces than buffers"
+        chunks, heads = zip(*map(self._keys.chunk_and_head, pieces), strict=True)
+        entries = [self._store.table[chunk] for chunk in chunks]
+        transfer = tier.read_heads(
+            [entry.slots[disk] for entry in entries],
+            [entry.info for entry in entries],
+            heads,
+            [self._buffers[buffer] for buffer in buffers],
+            urgent=is_urgent,
+        )
+        del self._free[-len(pieces) :]
+        self._store.table.protect(chunks)
+        places = np.array(pieces), np.array(buffers)
+        flight = _Flight(*places, list(chunks), wanted, transfer, is_urgent)
+        self._flights.append(flight)
+        self._flight_of |= dict.fromkeys(pieces, flight)
+
+    def _land(self, flight: _Flight) -> Landing:
+        pieces, keys = flight.pieces.tolist(), np.concatenate(flight.wanted)
+        self._flights.remove(flight)
+        for piece in pieces:
+            del self._flight_of[piece]
+        try:
+            flight.transfer.wait(0)
+            landing = Landing(pieces, keys, self._copy(flight, keys))
+        except OffloadError as error:
+            landing = Landing(pieces, keys, None, error)
+        finally:
+            self._free += flight.buffers.tolist()
+            self._store.unprotect(flight.chunks)
+        if landing.rows is not None:
+            self._store.counters.add_loaded("disk", flight.transfer.num_bytes)
+        return landing
+
+    def _copy(self, flight: _Flight, keys: Ints) -> Rows:
+        """Copy rows out of staging, ``uint8 [len(keys), row_bytes]``."""
+        buffers = flight.buffers[np.searchsorted(flight.pieces, self._keys.pieces(keys))]
+        staged: Rows = self._staged[buffers, keys % self._keys.chunk_tokens]
+        if not self._is_pinned:
+            return staged
+        rows: Rows = torch.empty(staged.shape, dtype=torch.uint8, pin_memory=True).numpy()
+        rows[:] = staged
+        return rows
+
+
+def _wait(transfer: Transfer, timeout_s: float) -> None:
+    """Wait for a transfer to end, well or badly; how it went is asked when it is taken."""
+    try:
+        transfer.wait(timeout_s)
+    except TransferTimeout:
+        raise
+    except OffloadError:
+        assert transfer.done()
