@@ -156,7 +156,7 @@ def _search(index: KeyIndex, queries: Tensor) -> tuple[Tensor, int]:
     ids = torch.full((len(queries), _K), -1)
     for row, hit in zip(ids, hits, strict=True):
         row[: hit.ids.shape[1]] = hit.ids[0]
-    return ids, counted or sum(hit.scanned_bytes for hit in hits)
+    return ids, counted or sum(int(hit.scanned_bytes) for hit in hits)
 
 
 def _hnsw_bytes(dim: int) -> int:

@@ -24,7 +24,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from offload import OffloadedCache
 
-SHAPES: dict[str, tuple[torch.dtype, dict[str, int]]] = {
+SHAPES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "8B, 2 layers": (
         torch.bfloat16,
         {
@@ -54,7 +54,8 @@ def make_model(shape: str) -> Any:
     dtype, sizes = SHAPES[shape]
     config = LlamaConfig(vocab_size=1024, max_position_embeddings=1 << 20, **sizes)
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(dtype).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(dtype).eval()
 
 
 def inject(cache: Cache, model: Any, num_tokens: int) -> None:

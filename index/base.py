@@ -27,14 +27,15 @@ class Hits:
     ids : Tensor, int64 [num_heads, num_hits]
         Tokens, counted from the first of the index, in no order; ``NO_TOKEN`` where a head has
         fewer.
-    scanned_bytes : int
-        Bytes of the index that the search read, for all heads.
+    scanned_bytes : int or Tensor, int64 []
+        Bytes of the index that the search read, for all heads. A tensor where reading it waits for
+        a device.
     state : object
         What ``tail`` of the same index can use again.
     """
 
     ids: Tensor
-    scanned_bytes: int
+    scanned_bytes: int | Tensor
     state: object = None
 
     @property

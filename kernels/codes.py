@@ -1,8 +1,8 @@
 """Codes of one or two bits per dimension for directions, and inner products with them.
 
 A vector is rotated at random, each coordinate of its direction is rounded to one of two or four
-levels a step apart, and the length is scaled so that inner products with the coded direction are unbiased
-(RaBitQ, Gao and Long 2024, section 3; the scale is ``|r| / <code, direction>``).
+levels a step apart, and the length is scaled so that inner products with the coded direction are
+unbiased (RaBitQ, Gao and Long 2024, section 3; the scale is ``|r| / <code, direction>``).
 """
 
 import functools

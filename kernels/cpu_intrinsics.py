@@ -3,7 +3,6 @@
 Needs numba. Functions here are for use inside of compiled kernels.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -88,10 +87,9 @@ def from_brain(bits: np.uint16) -> np.float32:
 def exp(number: np.float32) -> np.float32:
     """Return e to the power of a float32, to 4e-6, on all lanes at once, unlike libm's.
 
-    The least result is 2**-60: what is smaller is nothing beside one, but its square would be
-    handled by microcode.
+    The least result is 2**-100, and the greatest 2**127.
     """
-    power = min(max(number * np.float32(1.4426950408889634), np.float32(-60.0)), np.float32(127.0))
+    power = min(max(number * np.float32(1.4426950408889634), np.float32(-100.0)), np.float32(127.0))
     whole = np.floor(power + np.float32(0.5))
     part = power - whole
     value = np.float32(1.5353362e-4)
@@ -102,3 +100,16 @@ def exp(number: np.float32) -> np.float32:
     value = value * part + np.float32(6.9314720e-1)
     value = value * part + np.float32(1.0)
     return as_float(as_bits(value) + (np.uint32(np.int32(whole)) << np.uint32(23)))
+
+
+@njit(inline="always")
+def sortable(number: np.float32) -> np.int32:
+    """Return an integer in the order of floats, whose maximum all lanes can find at once."""
+    bits = np.int32(as_bits(number))
+    return bits ^ (bits >> np.int32(31) & np.int32(0x7FFFFFFF))
+
+
+@njit(inline="always")
+def unsortable(number: np.int32) -> np.float32:
+    """Return the float of ``sortable``."""
+    return as_float(np.uint32(number ^ (number >> np.int32(31) & np.int32(0x7FFFFFFF))))

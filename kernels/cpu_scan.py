@@ -1,5 +1,7 @@
 """The scan of ``kernels.scan`` on CPUs with compiled kernels. Needs numba."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -69,24 +71,20 @@ def scan(tables: ScanTables, query: Tensor, budget: int, group: Combine) -> Scan
 
 
 def _arrays(tables: ScanTables) -> Tables:
-    return Tables(
-        tables.centroids.numpy(),
-        _bits(tables.centroid_scale),
-        tables.value_means.numpy(),
-        _bits(tables.value_mean_scale),
-        tables.counts.numpy(),
-        _bits(tables.spread),
-        _bits(tables.radius),
-        tables.key_bits.numpy(),
-        _bits(tables.key_scale),
-        tables.value_bits.numpy(),
-        _bits(tables.value_scale),
-        _bits(tables.basis),
-    )
+    return Tables(*(_whole(tensor) for tensor in tables[: len(Tables._fields)]))
 
 
-def _bits(half: Tensor) -> NDArray[np.uint16]:
-    return half.view(torch.int16).numpy().view(np.uint16)
+def _whole(tensor: Tensor) -> NDArray[Any]:
+    """Return an array over the rows that a tensor is the beginning of; halves as their bits.
+
+    So it is contiguous, and kernels are not compiled again for what is not.
+    """
+    is_half = tensor.dtype in (torch.bfloat16, torch.float16)
+    if is_half:
+        tensor = tensor.view(torch.int16)
+    row = tensor.stride(0) // tensor.stride(1) if len(tensor) > 1 else tensor.shape[1]
+    whole = tensor.as_strided((len(tensor), row, *tensor.shape[2:]), tensor.stride()).numpy()
+    return whole.view(np.uint16) if is_half else whole
 
 
 def _round_query(tables: ScanTables, query: Tensor) -> Query:

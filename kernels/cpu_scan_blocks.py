@@ -11,11 +11,11 @@ from offload.kernels.cpu_dots import (
     dots_1_bit_4,
     dots_2_bits_1,
     dots_2_bits_4,
-    sign_sums_1,
-    sign_sums_4,
 )
-from offload.kernels.cpu_intrinsics import as_bits, as_float, exp, from_brain, prefetch
+from offload.kernels.cpu_intrinsics import exp, from_brain, prefetch, sortable, unsortable
+from offload.kernels.cpu_scan_runs import Runs
 from offload.kernels.cpu_scan_tables import FLOATS, Query, Tables
+from offload.kernels.cpu_scan_values import add_values
 
 F32 = np.float32
 
@@ -24,29 +24,6 @@ _TILE_BLOCKS = 64
 
 _AHEAD = 8
 """Blocks between the one that is worked on and the one that is being loaded."""
-
-_USUAL = 100.0
-"""Times the mean: if the largest weight is less, the others are well enough in 7 bits of it."""
-
-
-class Runs(NamedTuple):
-    """Consecutive scanned places of one cluster; filling counts as one more cluster.
-
-    Attributes
-    ----------
-    starts : int32 [num_runs + 1]
-        In scanned places: 16 for each scanned block.
-    clusters : int32 [num_runs]
-    segments : int32 [num_blocks]
-        Of each scanned block.
-    left : int32 [num_clusters]
-        Keys of each cluster that are not scanned.
-    """
-
-    starts: NDArray[np.int32]
-    clusters: NDArray[np.int32]
-    segments: NDArray[np.int32]
-    left: NDArray[np.int32]
 
 
 class Sums(NamedTuple):
@@ -69,71 +46,6 @@ class Sums(NamedTuple):
     along: NDArray[np.float32]
 
 
-@njit(nogil=True, cache=True)
-def find_runs(
-    counts: NDArray[np.int16], sizes: NDArray[np.int64], chosen: NDArray[np.uint8],
-    blocks: NDArray[np.int32],
-) -> tuple[int, Runs]:  # fmt: skip
-    """List the blocks that hold a key of a chosen cluster, and whose places they are.
-
-    Returns
-    -------
-    num_blocks : int
-        Written to ``blocks``.
-    runs : Runs
-    """
-    num_clusters = len(counts)
-    left = counts.astype(np.int32)
-    starts = np.empty(num_clusters * 2 + len(blocks) + 2, np.int32)
-    clusters, segments = np.empty(len(starts), np.int32), np.empty(len(blocks), np.int32)
-    num_blocks, num_runs, first_block, first_cluster = 0, 0, 0, 0
-    for segment in range(len(sizes)):
-        num_tokens, own_clusters = sizes[segment]
-        stop_place = first_block * 16 + num_tokens
-        place, last = np.int64(first_block * 16), np.int64(-1)
-        for cluster in range(first_cluster, first_cluster + own_clusters):
-            stop = place + counts[cluster]
-            if chosen[cluster] and stop > place:
-                for block in range(max(place // 16, last + 1), (stop - 1) // 16 + 1):
-                    blocks[num_blocks], segments[num_blocks] = block, segment
-                    num_blocks += 1
-                    last = block
-            place = stop
-        first_block += (num_tokens + 15) // 16
-        first_cluster += own_clusters
-    cluster, stop, segment = np.int64(-1), np.int64(0), np.int64(-1)
-    first_block, last_block, first_cluster = np.int64(0), np.int64(0), np.int64(0)
-    for slot in range(num_blocks):
-        place = np.int64(blocks[slot]) * 16
-        while segment < segments[slot]:
-            segment += 1
-            if segment > 0:
-                first_cluster += sizes[segment - 1, 1]
-            first_block = last_block
-            last_block += (sizes[segment, 0] + 15) // 16
-            cluster = first_cluster
-            stop = first_block * 16 + counts[cluster]
-        stop_place = min(place + 16, first_block * 16 + sizes[segment, 0])
-        first = place
-        while first < stop_place:
-            while stop <= first:
-                cluster += 1
-                stop += counts[cluster]
-            if num_runs == 0 or clusters[num_runs - 1] != cluster:
-                starts[num_runs], clusters[num_runs] = slot * 16 + first - place, cluster
-                num_runs += 1
-            after = min(stop, stop_place)
-            left[cluster] -= after - first
-            first = after
-        if stop_place < place + 16:
-            starts[num_runs], clusters[num_runs] = slot * 16 + stop_place - place, num_clusters
-            num_runs += 1
-    starts[num_runs] = num_blocks * 16
-    return num_blocks, Runs(
-        starts[: num_runs + 1], clusters[:num_runs], segments[:num_blocks], left
-    )
-
-
 @njit(nogil=True, cache=True, fastmath=FLOATS)
 def scan_blocks(
     tables: Tables,
@@ -147,7 +59,7 @@ def scan_blocks(
     spread_logs: NDArray[np.float32],
     hoped: NDArray[np.float32],
     sums: Sums,
-) -> float:
+) -> NDArray[np.float32]:
     """Estimate the logits of all places of some blocks, and add up what they weigh.
 
     Parameters
@@ -163,8 +75,9 @@ def scan_blocks(
 
     Returns
     -------
-    float
-        The largest weight: far above one, sums have lost their precision.
+    float32 [num_queries]
+        The highest logit of each query, relative to ``peak``: far from zero, sums have lost their
+        precision.
     """
     num_queries, size = len(logits), 16 * _TILE_BLOCKS
     products = np.empty((num_queries, size), np.int32)
@@ -176,7 +89,7 @@ def scan_blocks(
     )
     sums.total[:], sums.squares[:] = 0.0, 0.0
     sums.mass[:], sums.along[:] = F32(0), F32(0)
-    largest, run = F32(0), 0
+    highest, run = np.full(num_queries, F32(-np.inf)), 0
     for first in range(0, len(blocks), _TILE_BLOCKS):
         own_blocks = blocks[first : first + _TILE_BLOCKS]
         num_places = 16 * len(own_blocks)
@@ -194,19 +107,19 @@ def scan_blocks(
                 hoped[q, start : start + num_places], weights[q],
             )  # fmt: skip
             sums.total[q] += total
-            largest = max(largest, top)
+            highest[q] = max(highest[q], top)
             sums.squares[q] += _add_mass(
                 weights[q], tables.spread[head], runs, first_run, run, start, num_places,
                 sums.mass[q],
             )  # fmt: skip
-        _add_values(
+        add_values(
             tables.value_bits[head], own_blocks, runs.segments[first:], value_scale, weights,
             rounded, sums.along,
         )  # fmt: skip
         # A run may go on in the next tile.
         if run > 0 and runs.starts[run] > start + num_places:
             run -= 1
-    return largest
+    return highest
 
 
 @njit(nogil=True, cache=True)
@@ -308,17 +221,18 @@ def _weigh(
     hoped: NDArray[np.float32],
     weights: NDArray[np.float32],
 ) -> tuple[np.float32, np.float32]:
-    """Set weight and score of every place; return the sum and the largest of the weights."""
-    total, largest = F32(0), np.uint32(0)
+    """Set weight and score of every place; return the sum of weights, and the highest logit."""
+    total, highest = F32(0), np.int32(-0x7FFFFFFF)
     for i in range(len(products)):
         deviation = noise * abs(scale[i])
         raw = base[i] + scale[i] * (unit * F32(products[i]) - middle)
-        weight = exp(raw - F32(0.25) * deviation * deviation - peak)
+        logit = raw - F32(0.25) * deviation * deviation - peak
+        weight = exp(logit)
         hoped[i] = raw + F32(2) * deviation + logs[i]
         weights[i] = weight
         total += weight
-        largest = max(largest, as_bits(weight))
-    return total, as_float(largest)
+        highest = max(highest, sortable(logit))
+    return total, unsortable(highest)
 
 
 @njit(nogil=True, cache=True, fastmath=FLOATS)
@@ -343,93 +257,7 @@ def _add_mass(
             second += own[i] * own[i]
         cluster = clusters[run]
         mass[cluster] += first
-        if cluster < len(spread):
+        if cluster < len(mass) - 1:
             own_spread = from_brain(spread[cluster])
             squares += second * own_spread * own_spread
     return squares
-
-
-@njit(nogil=True, cache=True, fastmath=FLOATS)
-def _add_values(
-    value_bits: NDArray[np.uint8],
-    blocks: NDArray[np.int32],
-    segments: NDArray[np.int32],
-    value_scale: NDArray[np.float32],
-    weights: NDArray[np.float32],
-    rounded: NDArray[np.int8],
-    along: NDArray[np.float32],
-) -> None:
-    """Add the weighted residuals of the values of blocks, along their directions.
-
-    Weights are rounded to 7 bits of the largest, and where that is far above the mean once more,
-    for what is left of them. The weights are lost.
-    """
-    first, units = 0, np.empty(len(weights), np.float32)
-    while first < len(blocks):
-        stop = first + 1
-        while stop < len(blocks) and segments[stop] == segments[first]:
-            stop += 1
-        num_rounds = 1
-        for q in range(len(weights)):
-            own = weights[q, 16 * first : 16 * stop]
-            largest, mean = _scale(own, value_scale[16 * first : 16 * stop])
-            units[q] = max(largest / F32(127.0), F32(1e-30))
-            if largest > F32(_USUAL) * mean:
-                num_rounds = 2
-        for _ in range(num_rounds):
-            for q in range(len(weights)):
-                _round(weights[q, 16 * first : 16 * stop], units[q], rounded[q])
-            _add_signs(value_bits, blocks[first:stop], rounded, units, along[:, segments[first]])
-            units /= F32(254.0)
-        first = stop
-
-
-@njit(nogil=True, cache=True, fastmath=FLOATS)
-def _scale(
-    weights: NDArray[np.float32], scale: NDArray[np.float32]
-) -> tuple[np.float32, np.float32]:
-    """Multiply with the scales; return the largest and the mean."""
-    total, largest = F32(0), np.uint32(0)
-    for i in range(len(weights)):
-        weights[i] *= scale[i]
-        total += weights[i]
-        largest = max(largest, as_bits(weights[i]))
-    return as_float(largest), total / F32(len(weights))
-
-
-@njit(nogil=True, cache=True, fastmath=FLOATS)
-def _round(weights: NDArray[np.float32], unit: np.float32, rounded: NDArray[np.int8]) -> None:
-    """Round to whole units; what is left takes the place of the weights."""
-    inverse = F32(1.0) / unit
-    for i in range(len(weights)):
-        whole = np.floor(weights[i] * inverse + F32(0.5))
-        rounded[i] = np.int32(whole)
-        weights[i] -= whole * unit
-
-
-@njit(nogil=True, cache=True, fastmath=FLOATS)
-def _add_signs(
-    value_bits: NDArray[np.uint8],
-    blocks: NDArray[np.int32],
-    rounded: NDArray[np.int8],
-    units: NDArray[np.float32],
-    along: NDArray[np.float32],
-) -> None:
-    """Add the signs of blocks of one segment, weighted with rounded weights."""
-    num_queries, step = rounded.shape
-    sums, q = np.empty((num_queries, 32), np.int32), 0
-    signs, numbers = value_bits.ctypes.data, blocks.ctypes.data
-    while q < num_queries:
-        levels, target = rounded.ctypes.data + q * step, sums.ctypes.data + 128 * q
-        if q + 4 <= num_queries:
-            sign_sums_4(signs, numbers, len(blocks), levels, step, target)
-            q += 4
-        else:
-            sign_sums_1(signs, numbers, len(blocks), levels, step, target)
-            q += 1
-    for q in range(num_queries):
-        own, whole = rounded[q, : 16 * len(blocks)], np.int32(0)
-        for i in range(len(own)):
-            whole += own[i]
-        for d in range(32):
-            along[q, d] += units[q] * F32(2 * sums[q, d] - whole)

@@ -12,15 +12,19 @@ from numpy.typing import NDArray
 
 from offload.kernels.cpu_dots import row_dots_1, row_dots_4
 from offload.kernels.cpu_intrinsics import exp, from_brain, from_half
-from offload.kernels.cpu_scan_blocks import Runs, Sums, find_runs, scan_blocks
+from offload.kernels.cpu_scan_blocks import Sums, scan_blocks
+from offload.kernels.cpu_scan_runs import Runs, find_runs
 from offload.kernels.cpu_scan_tables import FLOATS, Found, Query, Tables
 from offload.kernels.cpu_select import best, cut_at, ordered
 from offload.kernels.scan import DEVIATIONS
 
 F32 = np.float32
 
-_HIGHEST = math.exp(60.0)
-"""The most that a single weight may be, relative to what sums are relative to."""
+_LOWEST, _HIGHEST = -20.0, 60.0
+"""Where the highest logit may lie, relative to what sums are relative to."""
+
+_MAX_ROUNDS = 3
+"""More do not help: logits of 1e8 have no decimals."""
 
 
 @njit(nogil=True, cache=True)
@@ -39,8 +43,12 @@ def scan_heads(
     found: Found,
 ) -> None:
     """Scan heads ``first_head``, ``first_head + step`` and so on."""
-    num_heads, num_clusters, _ = tables.centroids.shape
-    num_places, num_queries = tables.key_scale.shape[1], query.norm.shape[1]
+    # Tables may go on behind what is scanned: indexes are cut without being copied.
+    num_heads, num_clusters, num_places = len(tables.counts), np.int64(0), np.int64(0)
+    for segment in range(len(sizes)):
+        num_places += (sizes[segment, 0] + 15) // 16 * 16
+        num_clusters += sizes[segment, 1]
+    num_queries = query.norm.shape[1]
     logits = np.empty((num_queries, num_clusters + 1), np.float32)
     spread_logs = np.zeros(num_clusters + 1, np.float32)
     hoped = np.empty((num_queries, num_places), np.float32)
@@ -53,21 +61,23 @@ def scan_heads(
         np.empty((num_queries, len(sizes), 32), np.float32),
     )
     for head in range(first_head, num_heads, step):
+        counts = tables.counts[head, :num_clusters]
         _score_clusters(tables, query, head, logits)
         for cluster in range(num_clusters):
             spread_logs[cluster] = logs_of_brains[tables.spread[head, cluster]]
-        shares = _share_clusters(tables, query, head, logits, logs, takes_max, sums.peak)
-        chosen = _choose(shares, tables.counts[head], wanted)
-        num_blocks, runs = find_runs(tables.counts[head], sizes, chosen, blocks)
+        shares = _share_clusters(tables, query, head, counts, logits, logs, takes_max, sums.peak)
+        chosen = _choose(shares, counts, wanted)
+        num_blocks, runs = find_runs(counts, sizes, chosen, blocks)
         own_blocks = blocks[:num_blocks]
-        while True:
-            largest = scan_blocks(
+        for _ in range(_MAX_ROUNDS):
+            highest = scan_blocks(
                 tables, query, head, num_bits, noise, logits, own_blocks, runs, spread_logs,
                 hoped, sums,
             )  # fmt: skip
-            if largest <= _HIGHEST:
+            _include_others(highest, logits, runs.left, sums.peak)
+            if np.all(highest >= _LOWEST) and np.all(highest <= _HIGHEST):
                 break
-            sums.peak[:] += F32(math.log(largest))
+            sums.peak[:] += highest
         _add_others(tables, head, logits, runs.left, sums)
         slots, ranks, found.num_scanned[head] = _choose_tokens(
             hoped, runs, num_clusters, sums, found.places.shape[1], takes_max
@@ -77,7 +87,7 @@ def scan_heads(
             tables, query, head, sizes, F32(noise), spread_logs, hoped, own_blocks, runs, slots,
             ranks, sums, found,
         )  # fmt: skip
-        if len(slots) == tables.counts[head].sum():
+        if len(slots) == counts.sum():
             sums.total[:] = 0.0  # exactly
         _write_rest(tables, head, whole, sums, found)
 
@@ -86,7 +96,7 @@ def scan_heads(
 def _score_clusters(tables: Tables, query: Query, head: int, logits: NDArray[np.float32]) -> None:
     """Set the logit of every centroid, and ``-inf`` for what is none."""
     centroids, scales = tables.centroids[head], tables.centroid_scale[head]
-    num_clusters, dim = centroids.shape
+    num_clusters, dim = logits.shape[1] - 1, centroids.shape[1]
     queries, num_queries, step = query.wide[head], len(logits), query.wide.shape[2]
     products = np.empty(num_queries, np.int32)
     padded, remainder = np.zeros(step, np.int8), dim % 32
@@ -116,13 +126,14 @@ def _share_clusters(
     tables: Tables,
     query: Query,
     head: int,
+    counts: NDArray[np.int16],
     logits: NDArray[np.float32],
     logs: NDArray[np.float32],
     takes_max: bool,
     peak: NDArray[np.float32],
 ) -> NDArray[np.float32]:
-    """Return the log share that keys of each cluster may have; set ``peak`` above most logits."""
-    counts, num_clusters = tables.counts[head], len(tables.counts[head])
+    """Return the log share that keys of each cluster may have; set ``peak`` to the highest mean."""
+    num_clusters = len(counts)
     deviation = F32(DEVIATIONS / math.sqrt(tables.centroids.shape[2]))
     share, hoped = np.full(num_clusters, F32(-np.inf)), np.empty(num_clusters, np.float32)
     for q in range(len(peak)):
@@ -133,7 +144,7 @@ def _share_clusters(
                 radius = from_brain(tables.radius[head, c])
                 bound = logits[q, c] + deviation * radius * query.norm[head, q]
                 hoped[c] = bound + logs[counts[c]]
-                reach, top = max(reach, bound), max(top, hoped[c])
+                reach, top = max(reach, logits[q, c]), max(top, hoped[c])
         total = F32(0)
         for c in range(num_clusters):
             total += exp(hoped[c] - top)
@@ -174,6 +185,20 @@ def _choose(
             chosen[c] = 1
             remaining -= counts[c]
     return chosen
+
+
+@njit(nogil=True, cache=True)
+def _include_others(
+    highest: NDArray[np.float32],
+    logits: NDArray[np.float32],
+    left: NDArray[np.int32],
+    peak: NDArray[np.float32],
+) -> None:
+    """Raise the highest logits to those of clusters that are not scanned."""
+    for q in range(len(highest)):
+        for c in range(len(left)):
+            if left[c] > 0:
+                highest[q] = max(highest[q], logits[q, c] - peak[q])
 
 
 @njit(nogil=True, cache=True, fastmath=FLOATS)
@@ -309,7 +334,7 @@ def _add_means(
 ) -> None:
     """Add the means of values, weighted."""
     row = np.empty(means.shape[1], np.float32)
-    for c in range(len(means)):
+    for c in range(mass.shape[1] - 1):
         scale, narrow = from_brain(scales[c]), means[c]
         for d in range(len(row)):
             row[d] = scale * F32(narrow[d])

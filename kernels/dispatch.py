@@ -85,8 +85,13 @@ def _has_triton(device: torch.device) -> bool:
 def scan(tables: ScanTables, query: Tensor, budget: int, group: Combine) -> Scan:
     """Find the best tokens and estimate the others; see ``kernels.scan`` for the contract.
 
-    Thread-safe: no state.
+    On a CUDA device it is queued on the current stream, without waiting. Thread-safe: no state.
     """
+    if query.is_cuda and _has_triton(query.device):
+        triton_scan = importlib.import_module("offload.kernels.triton_scan")
+        if triton_scan.supports(tables, query):
+            queued: Scan = triton_scan.scan(tables, query, budget, group)
+            return queued
     fast = compiled("cpu_scan")
     if fast is not None and fast.supports(tables, query):
         found: Scan = fast.scan(tables, query, budget, group)

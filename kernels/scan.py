@@ -1,4 +1,4 @@
-"""Scan clusters and residual codes of keys: which tokens a query needs, and an estimate of the rest.
+"""Scan clusters and codes of keys: which tokens a query needs, and an estimate of the rest.
 
 Plain torch: the definition that faster scans are tested against. The index that the tables belong
 to, and where the method comes from: ``index/residual.py``.
@@ -109,8 +109,8 @@ class Scan(NamedTuple):
     squares : Tensor, shape (num_heads, num_queries), float32
         Sum of the squared errors that the other tokens are expected to bring, in units of the
         whole softmax.
-    num_scanned : int
-        Places, of all heads.
+    num_scanned : int or Tensor, int64 []
+        Places, of all heads. A tensor where reading it waits for a device.
     """
 
     places: Tensor
@@ -118,7 +118,7 @@ class Scan(NamedTuple):
     logits: Tensor
     rest: Partial
     squares: Tensor
-    num_scanned: int
+    num_scanned: int | Tensor
 
     def lse(self) -> Tensor:
         """Return the log of the whole softmax, as estimated, ``[num_heads, num_queries]``."""

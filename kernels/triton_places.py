@@ -5,6 +5,8 @@ rounded to 8 bits, which is little beside the noise of the codes, so that produc
 units as they come out of the packing. Blocks that hold no key of a chosen cluster are not read.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -51,6 +53,7 @@ def _score_places(
     key_bits: tl.tensor,
     key_scale: tl.tensor,
     out: tl.tensor,
+    scanned: tl.tensor,
     num_queries: tl.tensor,
     num_clusters: tl.tensor,
     num_blocks: tl.tensor,
@@ -89,14 +92,16 @@ def _score_places(
     found = tl.where(
         is_scanned[None, :], of_cluster + product * scale.to(tl.float32), float("-inf")
     )
-    mask = has_row[:, None] & (place < num_places)[None, :]
+    mask = has_row[:, None] & tl.reshape(seen, (BLOCKS * 16,))[None, :]
     tl.store(out + rows * num_places + place[None, :], found, mask=mask)
+    flags = scanned + head * num_blocks + block
+    tl.store(flags, has_block.to(tl.int8), mask=block < num_blocks)
 
 
 def score_places(
     tables: ScanTables, owner: Tensor, query: Tensor, logits: Tensor, chosen: Tensor
-) -> Tensor:
-    """Return the estimated logit of every place that is scanned.
+) -> tuple[Tensor, Tensor]:
+    """Return the estimated logit of every place that is scanned, and which blocks are.
 
     Parameters
     ----------
@@ -112,23 +117,27 @@ def score_places(
 
     Returns
     -------
-    Tensor, shape (num_heads, num_queries, num_places), float32
-        ``-inf`` for places that are not scanned, and for filling.
+    raw : Tensor, shape (num_heads, num_queries, num_places), float32
+        ``-inf`` for filling. Blocks that are not scanned are not written.
+    scanned : Tensor, int8 [num_heads, num_places / 16]
+        1 for blocks that are scanned, else 0.
     """
     num_heads, num_queries, dim = query.shape
     num_places, num_words = owner.shape[1], tables.key_bits.shape[2]
     num_blocks = num_places // BLOCK_PLACES
     per_word = 32 // tables.num_bits
     out = query.new_empty(num_heads, num_queries, num_places)
+    scanned = chosen.new_empty(num_heads, num_blocks)
     with on_device(query):
         _score_places[(triton.cdiv(num_blocks, _TILE_BLOCKS), num_heads)](
-            query @ rotation(dim).to(query.device),
+            query @ _rotation(dim, query.device),
             logits,
             chosen,
             owner,
             tables.key_bits.view(torch.int32),
             tables.key_scale,
             out,
+            scanned,
             num_queries,
             tables.counts.shape[1],
             num_blocks,
@@ -141,4 +150,10 @@ def score_places(
             BLOCKS=_TILE_BLOCKS,
             num_warps=4,
         )
-    return out
+    return out, scanned
+
+
+@functools.cache
+def _rotation(dim: int, device: torch.device) -> Tensor:
+    """Return the rotation where it is needed: a copy to a device waits for the device."""
+    return rotation(dim).to(device)

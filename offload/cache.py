@@ -4,7 +4,6 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor
@@ -47,6 +46,9 @@ class OffloadedCache(Cache):
     error : float, optional
         Let ``"adaptive"`` read as little as keeps the relative error of nine in ten answers below
         this; the budget is then the most that it reads.
+    max_wait_us : float, optional
+        Longest wait of a layer for rows from the disk, at each step, in microseconds; what is late
+        stays in the estimate of a sparse policy. By default everything is waited for.
     capacity : mapping of str to int or str, optional
         Hard limit per tier, such as ``{"gpu": "2GiB", "cpu": "8GiB", "disk": "200GiB"}``. Tiers
         that are not named get a share of what is free, never more than half.
@@ -71,13 +73,16 @@ class OffloadedCache(Cache):
         policy: str | Preset = "exact",
         budget: float | int | None = None,
         error: float | None = None,
+        max_wait_us: float | None = None,
         capacity: Mapping[str, int | str] | None = None,
         disk_path: str | Path | None = None,
         chunk_tokens: int = 64,
         config: Any = None,
     ) -> None:
         core = CacheCore(
-            check_settings(tiers, policy, capacity, disk_path, chunk_tokens, budget, error)
+            check_settings(
+                tiers, policy, capacity, disk_path, chunk_tokens, budget, error, max_wait_us
+            )
         )
         self._adopt(core, [])
         if config is not None:
@@ -240,6 +245,7 @@ class OffloadedCache(Cache):
         policy: str | Preset = "exact",
         budget: float | int | None = None,
         error: float | None = None,
+        max_wait_us: float | None = None,
         capacity: Mapping[str, int | str] | None = None,
         disk_path: str | Path | None = None,
         weights_id: str | None = None,
@@ -255,7 +261,7 @@ class OffloadedCache(Cache):
         model : PreTrainedModel
             The one that the cache is for; it must be equal to the one that filled it.
         store : SessionStore or path, optional
-        tiers, policy, budget, error, capacity, disk_path
+        tiers, policy, budget, error, max_wait_us, capacity, disk_path
             As for the class; ``"disk"`` must be among the tiers.
         weights_id : str, optional
             As for ``save``.
@@ -277,6 +283,7 @@ class OffloadedCache(Cache):
                 policy=policy,
                 budget=budget,
                 error=error,
+                max_wait_us=max_wait_us,
                 capacity=capacity,
                 disk_path=disk_path,
                 chunk_tokens=file.layout.chunk_tokens,
@@ -374,12 +381,7 @@ class OffloadedCache(Cache):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -137,6 +137,16 @@ class Engine:
         return first if isinstance(first, MemoryTier) and first.name == "gpu" else None
 
     @property
+    def num_readable(self) -> int:
+        """Tiers, from the first, whose chunks compute reads where they are.
+
+        On a CPU these are all in memory; a CUDA device reads the others through staging.
+        """
+        last = "cpu" if self.device.type == "cpu" else "gpu"
+        names = [tier.name for tier in self.tiers]
+        return names.index(last) + 1 if last in names else int("gpu" in names)
+
+    @property
     def tail_bytes(self) -> int:
         """Device bytes reserved for the tails of all forks."""
         return sum(self._tails.values())

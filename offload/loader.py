@@ -1,6 +1,6 @@
 """Fill staging buffers with chunks from whatever tier holds them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from offload.errors import TransferTimeout
 from offload.prefetch.plan import LoadGroup
 from offload.store import ChunkStore
+from offload.table import Entry
 from offload.tiers.memory import MemoryTier
 from offload.tiers.pool import page_aligned
 from offload.tiers.transfer import FutureTransfer, Transfer
@@ -44,6 +45,9 @@ class StagingLoader:
         else:
             self.buffers = torch.empty(shape, dtype=torch.uint8, device=device)
             self._mirror = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        # Views of slots, made once: making them takes as long as all else it takes to start a load.
+        self._targets = [buffer.unbind() for buffer in self.buffers]
+        self._mirrors = [buffer.unbind() for buffer in self._mirror]
         self._is_closing = False
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="offload-load")
 
@@ -83,10 +87,10 @@ class StagingLoader:
     def _submit(self, chunks: tuple[ChunkId, ...], buffer: int) -> "Future[None]":
         """Sort the rows of the buffer by where their bytes are, and start."""
         self._streams.before_load(buffer)
-        target, mirror = self.buffers[buffer], self._mirror[buffer]
+        target, mirror = self._targets[buffer], self._mirrors[buffer]
         copies: list[tuple[Tensor, Tensor]] = []
         lifts: list[tuple[Tensor, Tensor]] = []
-        from_disk: dict[ChunkId, int] = {}
+        from_disk: list[tuple[Entry, Tensor]] = []
         repeats: list[tuple[Tensor, Tensor]] = []
         first_row: dict[ChunkId, int] = {}
         for row, chunk in enumerate(chunks):
@@ -94,49 +98,47 @@ class StagingLoader:
             if seen != row:
                 repeats.append((target[row], target[seen]))
                 continue
-            source, pending = self._memory_source(chunk), self._store.table[chunk].pending
+            entry = self._store.table[chunk]
+            source = self._memory_source(entry)
             if source is not None:
                 copies.append((target[row], source))
                 continue
-            if pending is None:
-                from_disk[chunk] = row
+            if entry.pending is None:
+                from_disk.append((entry, mirror[row]))
             else:
                 # Copied now: the write buffer goes to another chunk once its store has ended.
-                mirror[row].copy_(pending)
+                mirror[row].copy_(entry.pending)
             lifts.append((target[row], mirror[row]))
-        reading = self._read_disk(from_disk, mirror)
+        reading = self._read_disk(from_disk)
 
         def fill() -> None:
             with self._streams.loading(buffer):
                 _copy(copies)
                 self._wait_for_disk(reading)
-                if target.data_ptr() != mirror.data_ptr():
+                if self.buffers is not self._mirror:
                     _copy(lifts)
                 _copy(repeats)
 
         return self._executor.submit(fill)
 
-    def _memory_source(self, chunk: ChunkId) -> Tensor | None:
-        """Return the slot of a chunk in a memory tier, counting the move; None if in none."""
-        entry = self._store.table[chunk]
-        for level in sorted(entry.slots):
-            tier = self._store.tiers[level]
-            if isinstance(tier, MemoryTier):
+    def _memory_source(self, entry: Entry) -> Tensor | None:
+        """Return the fastest slot of a chunk in a memory tier, counting the move, or None."""
+        for level, tier in enumerate(self._store.tiers):
+            if level in entry.slots and isinstance(tier, MemoryTier):
                 self._store.counters.add_loaded(tier.name, tier.slot_bytes)
                 return tier.buffer(entry.slots[level])
         return None
 
-    def _read_disk(self, rows: dict[ChunkId, int], mirror: Tensor) -> Transfer | None:
-        if not rows:
+    def _read_disk(self, wanted: Sequence[tuple[Entry, Tensor]]) -> Transfer | None:
+        if not wanted:
             return None
         level = len(self._store.tiers) - 1
         tier = self._store.tiers[level]
-        entries = [self._store.table[chunk] for chunk in rows]
-        self._store.counters.add_loaded(tier.name, len(entries) * tier.slot_bytes)
+        self._store.counters.add_loaded(tier.name, len(wanted) * tier.slot_bytes)
         return tier.read(
-            [entry.slots[level] for entry in entries],
-            [entry.info for entry in entries],
-            [mirror[row] for row in rows.values()],
+            [entry.slots[level] for entry, _ in wanted],
+            [entry.info for entry, _ in wanted],
+            [row for _, row in wanted],
         )
 
     def _wait_for_disk(self, reading: Transfer | None) -> None:

@@ -9,13 +9,14 @@ from offload.engine import Engine
 from offload.errors import CapacityError
 from offload.exact import AttentionCall, PastChunks, attend
 from offload.index.exact import visible_chunks
-from offload.prefetch.plan import LayerPlan, LoadGroup, plan_layer
+from offload.prefetch.plan import LayerPlan, LoadGroup, place_of, plan_layer, slot_at
 from offload.sequence import Appended, LayerSequence, check_states
 from offload.sparse.retrieval import Layer
 from offload.sparse.self_check import ErrorStats
 from offload.stats import CacheStats, TierStats
+from offload.tiers.memory import MemoryTier
 from offload.tiers.pool import grid_view
-from offload.types import ChunkId, Partial, SlotId
+from offload.types import ChunkId, Partial
 
 _PlanKey = tuple[int, int, range, range]
 """Versions of the row lists and of the store, what is visible, and what of it is not streamed."""
@@ -66,6 +67,8 @@ class Runtime:
             except CapacityError:
                 # Loads on a wrong guess may be all that keeps some chunks alive.
                 self.engine.stream.drain()
+                if self.engine.rows is not None:
+                    self.engine.rows.settle()
                 return sequence.append(keys, values)
 
     def attend(self, index: int, call: AttentionCall, appended: Appended) -> Tensor:
@@ -190,10 +193,12 @@ class Runtime:
         first_query = total - call.query.shape[2]
         visible = visible_chunks(appended.num_past_chunks, size, first_query, call.window)
         plan = self._plan(index, visible, skipped)
-        batch, pool = self._batch, self.engine.device_pool
+        batch = self._batch
         for run in plan.runs:
-            assert pool is not None
-            rows = pool.pool.chunks(run.base, run.strides, (batch, run.count), layout)
+            level, slot = slot_at(run.base)
+            tier = self.engine.tiers[level]
+            assert isinstance(tier, MemoryTier)
+            rows = tier.pool.chunks(slot, run.strides, (batch, run.count), layout)
             yield PastChunks(run.start * size, rows)
         if not plan.groups:
             return
@@ -212,8 +217,8 @@ class Runtime:
         plans = []
         for part in _without(visible, skipped):
             rows = [row[: part.stop] for row in tables.rows]
-            slots = [[self._device_slot(chunk) for chunk in row] for row in rows]
-            plans.append(plan_layer(rows, slots, self.engine.buffer_chunks, part.start))
+            places = [[self._place(chunk) for chunk in row] for row in rows]
+            plans.append(plan_layer(rows, places, self.engine.buffer_chunks, part.start))
         plan = LayerPlan(
             tuple(run for each in plans for run in each.runs),
             tuple(group for each in plans for group in each.groups),
@@ -221,9 +226,11 @@ class Runtime:
         self._plans[index] = (key, plan)
         return plan
 
-    def _device_slot(self, chunk: ChunkId) -> SlotId | None:
+    def _place(self, chunk: ChunkId) -> int | None:
+        """Return where compute can read a chunk, None if it has to be loaded."""
         slots = self.engine.store.table[chunk].slots
-        return slots.get(0) if self.engine.device_pool is not None else None
+        level = min(slots, default=len(self.engine.tiers))
+        return place_of(level, slots[level]) if level < self.engine.num_readable else None
 
     def _upcoming(self, index: int, window: int | None) -> Sequence[LoadGroup]:
         """Guess what is read after this layer: the next one, or the first one of the next step."""
@@ -277,6 +284,7 @@ def _collect(runtime: Runtime) -> CacheStats:
         num_checks=errors.num_checks,
         error_median=errors.median,
         error_p95=errors.p95,
+        rows=engine.row_stats(),
         failed_stores=counters.failed_stores,
         unneeded_failures=counters.unneeded_failures,
         rescued_chunks=counters.rescued_chunks,

@@ -66,6 +66,7 @@ def check_settings(
     chunk_tokens: object,
     budget: float | int | None = None,
     error: float | None = None,
+    max_wait_us: float | None = None,
 ) -> EngineConfig:
     """Turn the arguments of ``OffloadedCache`` into an engine's configuration.
 
@@ -78,7 +79,7 @@ def check_settings(
         Says what was given and what would do.
     """
     names = check_tiers(tiers)
-    preset = customised(policy, budget=budget, error=error)
+    preset = customised(policy, budget=budget, error=error, max_wait_us=max_wait_us)
     tokens = check_chunk_tokens(chunk_tokens)
     if disk_path is not None and "disk" not in names:
         raise ConfigError(f"disk_path={str(disk_path)!r} needs the tier 'disk'; tiers: {names}")

@@ -72,6 +72,11 @@ class Counters:
         Reads of rows that failed but were not needed, or are tried again.
     row_wait_s : float
         Time the model stood still for rows.
+    anticipated_rows : int
+        Rows that a look-ahead expected to be needed.
+    foreseeable_rows, foreseen_rows : int
+        Rows that were chosen by calls that a look-ahead had been for, and those of them that it had
+        expected.
     """
 
     loaded_bytes: dict[str, int] = field(default_factory=dict)
@@ -93,6 +98,9 @@ class Counters:
     late_rows: int = 0
     failed_row_reads: int = 0
     row_wait_s: float = 0.0
+    anticipated_rows: int = 0
+    foreseeable_rows: int = 0
+    foreseen_rows: int = 0
 
     def add_loaded(self, tier: str, num_bytes: int) -> None:
         """Count bytes read from a tier."""
@@ -138,6 +146,8 @@ class RowStats:
         See ``Counters``.
     failed_reads : int
         ``failed_row_reads`` of ``Counters``.
+    anticipated_rows, foreseeable_rows, foreseen_rows : int
+        See ``Counters``.
     wait_s : float
         Time the model stood still for rows and for loads of chunks.
     read_s : float
@@ -152,11 +162,19 @@ class RowStats:
     failed_reads: int = 0
     wait_s: float = 0.0
     read_s: float = 0.0
+    anticipated_rows: int = 0
+    foreseeable_rows: int = 0
+    foreseen_rows: int = 0
 
     @property
     def hit_rate(self) -> float:
         """Share of the rows in no tier's memory that were in the cache of lines."""
         return self.line_hits / self.line_lookups if self.line_lookups else 0.0
+
+    @property
+    def foreseen_share(self) -> float:
+        """Share of the rows chosen by calls that a look-ahead had been for, which it expected."""
+        return self.foreseen_rows / self.foreseeable_rows if self.foreseeable_rows else 0.0
 
     @property
     def hidden_share(self) -> float:

@@ -5,19 +5,32 @@ from dataclasses import dataclass
 
 from offload.types import ChunkId, SlotId
 
+_TIER_PLACES = 1 << 40
+"""More than any tier has slots."""
+
+
+def place_of(level: int, slot: SlotId) -> int:
+    """Return one number for a slot of a tier; slots of a tier are next to each other."""
+    return level * _TIER_PLACES + slot
+
+
+def slot_at(place: int) -> tuple[int, SlotId]:
+    """Return the level and slot of a place."""
+    return divmod(place, _TIER_PLACES)
+
 
 @dataclass(frozen=True, slots=True)
 class ResidentRun:
-    """Chunks attended in place: a regular grid of device slots.
+    """Chunks attended in place: a regular grid of slots of one tier.
 
     Attributes
     ----------
     start, count : int
         Positions in the sequence, in chunks.
     base : int
-        Slot of the first row's first chunk.
+        Place of the first row's first chunk.
     strides : tuple of int
-        Slots between neighbouring rows, and between neighbouring positions.
+        Places between neighbouring rows, and between neighbouring positions.
     """
 
     start: int
@@ -53,7 +66,7 @@ class LayerPlan:
 
 def plan_layer(
     rows: Sequence[Sequence[ChunkId]],
-    device_slots: Sequence[Sequence[SlotId | None]],
+    places: Sequence[Sequence[int | None]],
     max_group_chunks: int,
     first: int = 0,
 ) -> LayerPlan:
@@ -63,8 +76,8 @@ def plan_layer(
     ----------
     rows : sequence of sequence of ChunkId
         For each row of the batch, its chunks in order; all rows are equally long.
-    device_slots : same shape
-        The device slot of each chunk, or None where it has to be loaded.
+    places : same shape
+        See ``place_of``: where compute can read each chunk, or None where it has to be loaded.
     max_group_chunks : int
         Chunks that fit in one staging buffer, at least the batch size.
     first : int
@@ -76,17 +89,17 @@ def plan_layer(
     groups: list[LoadGroup] = []
     position = first
     while position < total:
-        column = [slots[position] for slots in device_slots]
+        column = [slots[position] for slots in places]
         if None in column:
             stop = position + 1
             while stop < min(total, position + per_group) and None in (
-                slots[stop] for slots in device_slots
+                slots[stop] for slots in places
             ):
                 stop += 1
             chunks = tuple(row[i] for i in range(position, stop) for row in rows)
             groups.append(LoadGroup(position, stop - position, chunks))
         else:
-            run = _longest_run(device_slots, position, total)
+            run = _longest_run(places, position, total)
             if run is None:
                 chunks = tuple(row[position] for row in rows)
                 groups.append(LoadGroup(position, 1, chunks))
@@ -99,24 +112,24 @@ def plan_layer(
 
 
 def _longest_run(
-    device_slots: Sequence[Sequence[SlotId | None]], start: int, total: int
+    places: Sequence[Sequence[int | None]], start: int, total: int
 ) -> ResidentRun | None:
     """Return the longest regular grid that starts here, or None if not even one position is one."""
-    column = [slots[start] for slots in device_slots]
+    column = [slots[start] for slots in places]
     base = column[0]
     assert base is not None
     row_stride = (column[1] or 0) - base if len(column) > 1 else 0
-    if any(slot != base + i * row_stride for i, slot in enumerate(column)) or row_stride < 0:
+    if any(slot != base + i * row_stride for i, slot in enumerate(column)) or not 0 <= row_stride < _TIER_PLACES // 2:
         return None
     count, step = 1, 0
     while start + count < total:
-        column = [slots[start + count] for slots in device_slots]
+        column = [slots[start + count] for slots in places]
         if column[0] is None:
             break
         if count == 1:
             step = column[0] - base
         expected = base + count * step
-        if step <= 0 or any(slot != expected + i * row_stride for i, slot in enumerate(column)):
+        if not 0 < step < _TIER_PLACES // 2 or any(slot != expected + i * row_stride for i, slot in enumerate(column)):
             break
         count += 1
     return ResidentRun(start, count, base, (row_stride, step if count > 1 else 0))

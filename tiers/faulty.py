@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
@@ -27,6 +27,23 @@ class HasRecords(Protocol):
 
     def place_of(self, slot: SlotId) -> tuple[Path, int, int]:
         """Return the file of a slot, and the offset and number of its record's bytes there."""
+        ...
+
+
+@runtime_checkable
+class HasHeads(Protocol):
+    """A tier of whose slots single heads can be read."""
+
+    def read_heads(
+        self,
+        slots: Sequence[SlotId],
+        infos: Sequence[ChunkInfo],
+        heads: slice | Sequence[int],
+        out: Sequence[Tensor],
+        *,
+        urgent: bool = True,
+    ) -> Transfer:
+        """Copy heads of slots into buffers; see ``DiskTier.read_heads``."""
         ...
 
 
@@ -122,12 +139,31 @@ class FaultyTier(Tier):
     ) -> Transfer:
         """Read, perhaps late, perhaps not at all; see ``Tier``."""
         what = self._describe("read", infos)
-        draw = self._dice.draw(what) if self.is_armed and slots else _NO_FAULT
-        if draw.error is not None:
-            transfer = self._fail(what, slots, draw.error)
-        else:
-            transfer = self.inner.read(slots, infos, out)
-        return LateTransfer(what, transfer, draw.late_s, self._closing)
+        return self._read(what, out, lambda: self.inner.read(slots, infos, out))
+
+    def read_heads(
+        self,
+        slots: Sequence[SlotId],
+        infos: Sequence[ChunkInfo],
+        heads: slice | Sequence[int],
+        out: Sequence[Tensor],
+        *,
+        urgent: bool = True,
+    ) -> Transfer:
+        """Read heads, perhaps late, perhaps not at all; see ``DiskTier.read_heads``.
+
+        Raises
+        ------
+        ConfigError
+            The tier inside cannot read single heads.
+        """
+        inner = self.inner
+        if not isinstance(inner, HasHeads):
+            raise ConfigError(f"heads {heads}: the {self.name} tier reads whole chunks only")
+        what = self._describe("read of heads", infos)
+        return self._read(
+            what, out, lambda: inner.read_heads(slots, infos, heads, out, urgent=urgent)
+        )
 
     def write(
         self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], src: Sequence[Tensor]
@@ -136,7 +172,7 @@ class FaultyTier(Tier):
         what = self._describe("write", infos)
         draw = self._dice.draw(what, len(slots)) if self.is_armed and slots else _NO_FAULT
         if draw.error is not None:
-            transfer = self._fail(what, slots, draw.error)
+            transfer = self._fail(what, src, draw.error)
             return LateTransfer(what, transfer, draw.late_s, self._closing)
         transfer = self.inner.write(slots, infos, src)
         with self._lock:
@@ -155,6 +191,11 @@ class FaultyTier(Tier):
             self._damaged.clear()
         self._closing.set()
         self.inner.close()
+
+    def _read(self, what: str, out: Sequence[Tensor], begin: Callable[[], Transfer]) -> Transfer:
+        draw = self._dice.draw(what) if self.is_armed and out else _NO_FAULT
+        transfer = begin() if draw.error is None else self._fail(what, out, draw.error)
+        return LateTransfer(what, transfer, draw.late_s, self._closing)
 
     def _forget(self, slots: Collection[SlotId]) -> None:
         self._damaged.difference_update(slots)
@@ -183,13 +224,13 @@ class FaultyTier(Tier):
         self._damaged.add(slot)
         self._dice.count_damage(damage)
 
-    def _fail(self, what: str, slots: Sequence[SlotId], error: StorageError) -> Transfer:
+    def _fail(self, what: str, buffers: Sequence[Tensor], error: StorageError) -> Transfer:
         """Return a transfer that is over, badly."""
         if self._closing.is_set():
             raise ClosedError(f"the {self.name} tier is closed")
         future: Future[None] = Future()
         future.set_exception(error)
-        return FutureTransfer(what, len(slots) * self.slot_bytes, [future])
+        return FutureTransfer(what, sum(buffer.nbytes for buffer in buffers), [future])
 
     def _describe(self, verb: str, infos: Sequence[ChunkInfo]) -> str:
         if not infos:

@@ -20,12 +20,19 @@ HEADER = """\
 # what those need in turn. torch is chosen by tools/setup_env.py.
 """
 
+MARKERS = {"triton": "; sys_platform == 'linux' and platform_machine == 'x86_64'"}
+"""Of what is not to be had everywhere, as in pyproject.toml."""
+
 
 def main() -> int:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     versions = resolve([Requirement(text) for text in wanted])
-    pins = [f"{name}=={version}" for name, version in sorted(versions.items()) if name != "torch"]
+    pins = [
+        f"{name}=={version}{MARKERS.get(name, '')}"
+        for name, version in sorted(versions.items())
+        if name != "torch"
+    ]
     LOCK.write_text(HEADER + "\n".join(pins) + "\n")
     print(f"{LOCK.name}: {len(pins)} pins")
     return 0

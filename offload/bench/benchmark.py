@@ -1,6 +1,8 @@
-"""Run a benchmark: bandwidths first, then cell after cell."""
+"""Run a benchmark, cell after cell."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Final
 
 import torch
 
@@ -14,6 +16,9 @@ from offload.bench.summary import make_row
 from offload.bench.yardstick import Yardstick
 from offload.errors import CapacityError
 from offload.machine import read_memory
+
+_WARM_TOKENS: Final = 6144
+"""Enough for an index beside the largest window of a preset."""
 
 
 class Benchmark:
@@ -52,29 +57,21 @@ class Benchmark:
         """
         settings = self.settings
         cells = list(settings.cells())
+        for cell in cells:
+            self._check_memory(cell)
         has_disk = any(each.uses_disk(settings, cell) for each in self._entries for cell in cells)
         model = make_model(settings) if settings.level == "decode" else None
         with Yardstick(settings.torch_device, settings.disk_path, has_disk=has_disk) as yardstick:
+            self._warm_up(model, yardstick)
             for cell in cells:
-                self._check_memory(cell)
-                yield from self._measure(cell, model, yardstick, advance)
+                yield from _measure(settings, cell, model, yardstick, advance)
 
-    def _measure(
-        self,
-        cell: Cell,
-        model: torch.nn.Module | None,
-        yardstick: Yardstick,
-        advance: Callable[[], object],
-    ) -> list[BenchRow]:
-        # Only rows leave this method: the next cell needs the memory of the caches.
-        context = _context(self.settings, cell)
-        driver = (
-            AttentionDriver(self.settings, cell, context)
-            if model is None
-            else ModelDriver(self.settings, cell, context, model)
-        )
-        subjects, speeds = measure_cell(driver, yardstick, advance)
-        return [make_row(each, subjects[0], driver, speeds) for each in subjects]
+    def _warm_up(self, model: torch.nn.Module | None, yardstick: Yardstick) -> None:
+        """Let everyone make steps on a short context: kernels are compiled when first used."""
+        if self.settings.has_prefill:
+            return  # which would take longer than what it saves
+        roomy = replace(self.settings, capacity={}, device_share=1.0, rounds=1, steps=1)
+        _measure(roomy, Cell(_WARM_TOKENS, 1, None), model, yardstick, lambda: None)
 
     def _check_memory(self, cell: Cell) -> None:
         """Refuse a cell whose contenders, which are open together, do not fit."""
@@ -90,6 +87,24 @@ class Benchmark:
                 f"context take {needed} bytes of memory, and {available} are available; measure "
                 "fewer of them together, or fewer layers"
             )
+
+
+def _measure(
+    settings: BenchSettings,
+    cell: Cell,
+    model: torch.nn.Module | None,
+    yardstick: Yardstick,
+    advance: Callable[[], object],
+) -> list[BenchRow]:
+    # Only rows leave this function: the next cell needs the memory of the caches.
+    context = _context(settings, cell)
+    driver = (
+        AttentionDriver(settings, cell, context)
+        if model is None
+        else ModelDriver(settings, cell, context, model)
+    )
+    subjects, speeds = measure_cell(driver, yardstick, advance)
+    return [make_row(each, subjects[0], driver, speeds) for each in subjects]
 
 
 def _context(settings: BenchSettings, cell: Cell) -> Context:

@@ -152,6 +152,6 @@ def ask(problem: Problem, index: KeyIndex, number: int, budget: float) -> Answer
         mass_error=float(((merged.lse[0, 0] - lse).exp() - 1).abs()),
         error=float((merged.out[0, 0] - wanted).norm() / wanted.norm()),
         read_tokens=int(hits.found.sum()),
-        scanned_bytes=hits.scanned_bytes,
+        scanned_bytes=int(hits.scanned_bytes),
         search_ms=1e3 * search_s,
     )

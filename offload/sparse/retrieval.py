@@ -1,24 +1,29 @@
 """Sparse attention: search an index, read the tokens it names, estimate the others."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from offload.exact import AttentionCall
-from offload.index.base import Hits, KeyIndex
+from offload.index.base import NO_TOKEN, Hits, KeyIndex
 from offload.kernels import dispatch
 from offload.kernels.reference import merge
 from offload.sparse.indexes import Holder, LayerIndexes
 from offload.sparse.plan import SparsePlan
 from offload.sparse.queries import QuerySample
+from offload.sparse.row_keys import Ints
 from offload.sparse.row_reader import RowReader
 from offload.sparse.self_check import ErrorStats, SelfCheck
 from offload.sparse.steering import ErrorSteering
 from offload.store import ChunkStore
 from offload.types import ChunkId, Partial
+
+_SPARE_PART = 4
+"""One more token is searched for, and fetched for the next step, for so many that are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,7 @@ class Retrieval:
         self.plan = plan
         self._store = store
         self._rows = rows
+        self._keeps_rows = rows is not None and rows.num_lines > 0
         self._max_wait_s = max_wait_s
         self._device = device
         self._place = torch.device("cpu") if plan.placement == "host" else device
@@ -89,6 +95,7 @@ class Retrieval:
         self._queries = QuerySample(plan.kept_queries)
         self._steering = ErrorSteering()
         self._check = SelfCheck(store, plan.check_every, self._observe)
+        self._outlooks: dict[tuple[int, int], _Outlook] = {}
 
     @property
     def index_bytes(self) -> int:
@@ -115,6 +122,7 @@ class Retrieval:
             self._rows.forget(owner)
         if self._indexes is not None:
             self._indexes.forget(owner)
+        self._outlooks = {key: kept for key, kept in self._outlooks.items() if key[0] != owner}
 
     def close(self) -> None:
         """Stop what goes on in the background. Idempotent."""
@@ -149,9 +157,9 @@ class Retrieval:
                 len(covered) * size * self._store.layout.num_kv_heads * positions
             )
             return [], covered
-        parts = [
-            self._attend_row(layer, call, row, ripe, covered) for row in range(len(layer.rows))
-        ]
+        outlook = self._outlooks.setdefault((layer.owner, layer.index), _Outlook())
+        outlook.follow(layer.version, ripe, covered)
+        parts = [self._attend_row(layer, call, row, outlook) for row in range(len(layer.rows))]
         return [Partial(*(torch.stack(both) for both in zip(*parts, strict=True)))], covered
 
     def _prepare(self, layer: Layer, call: AttentionCall, ripe: range) -> None:
@@ -166,8 +174,54 @@ class Retrieval:
     def _heads(self, layer: Layer) -> tuple[int, ...]:
         return self.plan.heads(layer.index, self._store.layout.num_kv_heads)
 
+    def can_anticipate(self, layer: Layer) -> bool:
+        """Whether a layer has the chunks it was last searched with, some of them in no memory."""
+        outlook = self._outlooks.get((layer.owner, layer.index), _Outlook())
+        return outlook.version == layer.version and self._is_beyond_memory(layer, outlook)
+
+    def anticipate(self, layer: Layer, query: Tensor) -> None:
+        """Begin to read what a layer will probably choose, where it is in no memory.
+
+        Does not wait and changes no result. Does nothing unless ``can_anticipate``; so it never
+        builds an index.
+
+        Parameters
+        ----------
+        layer : Layer
+            As it is before the token that is asked about is appended.
+        query : Tensor, shape (batch, num_heads, key_dim)
+            An estimate of what the layer will ask, scaled: ``query @ key`` is the logit.
+        """
+        heads = self._heads(layer)
+        if not heads or not self.can_anticipate(layer):
+            return
+        assert self._rows is not None
+        outlook = self._outlooks[layer.owner, layer.index]
+        groups = (self._store.layout.num_kv_heads, -1)
+        for row in range(len(layer.rows)):
+            index, run = self._open_row(layer, row, outlook, heads)
+            asked = query[row].float().unflatten(0, groups)[list(heads)].to(self._place)
+            ids = self._search(asked, index, layer.num_context, has_spares=True)[1].cpu().numpy()
+            outlook.expected[row] = ids
+            self._store.counters.anticipated_rows += int(np.count_nonzero(ids >= 0))
+            self._rows.prefetch(*run, ids)
+
+    def _is_beyond_memory(self, layer: Layer, outlook: "_Outlook") -> bool:
+        """Whether rows may have to come from the disk, and there is memory to keep them in."""
+        if not self._keeps_rows:
+            return False
+        if outlook.store_version != self._store.version:
+            outlook.store_version = self._store.version
+            table, disk = self._store.table, len(self._store.tiers) - 1
+            outlook.is_beyond_memory = any(
+                all(level == disk for level in table[chunk].slots)
+                for row in layer.rows
+                for chunk in reversed(row[outlook.covered.start : outlook.covered.stop])
+            )
+        return outlook.is_beyond_memory
+
     def _attend_row(
-        self, layer: Layer, call: AttentionCall, row: int, ripe: range, covered: range
+        self, layer: Layer, call: AttentionCall, row: int, outlook: "_Outlook"
     ) -> tuple[Tensor, Tensor]:
         """Attend for one row; ``out`` [num_heads, num_queries, value_dim] and ``lse`` of it."""
         layout = self._store.layout
@@ -177,39 +231,46 @@ class Retrieval:
         lse = query.new_full((num_heads, num_queries), -torch.inf)
         if not heads:
             return out, lse
-        index = self._index(layer, row, ripe, heads)
-        chunks = layer.rows[row][covered.start : covered.stop]
-        assert index.num_tokens == len(chunks) * layout.chunk_tokens
-        version = (layer.version, covered.start, covered.stop)
-        run = _Run(layer.index, (layer.owner, row), version, chunks, heads)
+        index, run = self._open_row(layer, row, outlook, heads)
+        expected = outlook.expected.pop(row, None)
+        has_spares = self._is_beyond_memory(layer, outlook)
         groups = (layout.num_kv_heads, num_heads // layout.num_kv_heads, num_queries)
         asked = query.unflatten(0, groups[:2])[list(heads)].to(self._place)
         # A group shares what it reads; the queries of different positions look for other things.
         for position in range(num_queries):
             one = asked[:, :, position]
-            found = self._attend_heads(one, index, run, layer.num_context)
+            hits, likely = self._search(one, index, layer.num_context, has_spares=has_spares)
+            self._count(hits, index, expected)
+            found = self._attend_heads(one, index, run, hits, likely)
             out.view(*groups, -1)[list(heads), :, position] = found.out.to(out.device)
             lse.view(groups)[list(heads), :, position] = found.lse.to(lse.device)
         return out, lse
 
-    def _index(self, layer: Layer, row: int, ripe: range, heads: tuple[int, ...]) -> KeyIndex:
+    def _open_row(
+        self, layer: Layer, row: int, outlook: "_Outlook", heads: tuple[int, ...]
+    ) -> tuple[KeyIndex, "_Run"]:
+        """Return the index over a row, and the chunks that it covers."""
         assert self._indexes is not None
         queries = self._queries.get((layer.index, row), self._store.layout.num_kv_heads)
         if queries is not None:
             queries = queries[list(heads)]
         holder = Holder(layer.owner, layer.index, row)
+        ripe, covered = outlook.ripe, outlook.covered
         chunks = layer.rows[row][ripe.start : ripe.stop]
-        return self._indexes.over(holder, (layer.version, ripe), chunks, heads, queries)
+        index = self._indexes.over(holder, (layer.version, ripe), chunks, heads, queries)
+        chunks = layer.rows[row][covered.start : covered.stop]
+        assert index.num_tokens == len(chunks) * self._store.layout.chunk_tokens
+        version = (layer.version, covered.start, covered.stop)
+        return index, _Run(layer.index, (layer.owner, row), version, chunks, heads)
 
     def _attend_heads(
-        self, query: Tensor, index: KeyIndex, run: "_Run", num_context: int
+        self, query: Tensor, index: KeyIndex, run: "_Run", hits: Hits, likely: Tensor
     ) -> Partial:
         """Attend for some KV heads; ``query`` is [len(heads), group_size, key_dim], scaled."""
         assert self._rows is not None
-        hits, layout = self._search(query, index, num_context), self._store.layout
-        addresses = torch.from_numpy(
-            self._rows.locate(*run, hits.ids.cpu().numpy(), deadline_s=self._max_wait_s)
-        ).to(query.device)
+        layout = self._store.layout
+        found = self._rows.locate(*run, hits.ids.cpu().numpy(), deadline_s=self._max_wait_s)
+        addresses = torch.from_numpy(found).to(query.device)
         if index.tail_takes_values and self.plan.has_tail:
             rows = dispatch.read_rows(addresses, layout.row_dim, layout.dtype).float()
             keys, values = rows.split([layout.key_dim, layout.value_dim], -1)
@@ -220,26 +281,81 @@ class Retrieval:
         tail = index.tail(query, hits, addresses != 0, values) if self.plan.has_tail else None
         merged = read if tail is None else merge([read, tail])
         self._rows.release()
+        if likely is not hits.ids:
+            ids = likely.cpu().numpy().copy()  # late ones first, then those just below the cut
+            ids[:, : found.shape[1]][found != 0] = NO_TOKEN
+            self._rows.prefetch(*run, ids)
         drawn = self._check.draw(len(run.heads))
         if drawn is not None:
-            found = Partial(merged.out[drawn], merged.lse[drawn])
-            self._check.start(run.heads[drawn], query[drawn], run.chunks, found)
+            answer = Partial(merged.out[drawn], merged.lse[drawn])
+            self._check.start(run.heads[drawn], query[drawn], run.chunks, answer)
         return merged
 
-    def _search(self, query: Tensor, index: KeyIndex, num_context: int) -> Hits:
-        hits = index.search(query, self.plan.tokens(num_context), self.plan.group)
+    def _search(
+        self, query: Tensor, index: KeyIndex, num_context: int, *, has_spares: bool
+    ) -> tuple[Hits, Tensor]:
+        """Return what to read, and the ids of that and, if asked for, of the next best tokens."""
+        budget, group = self.plan.tokens(num_context), self.plan.group
         if self.plan.error is not None:
+            hits = index.search(query, budget, group)
             least = self.plan.error * self._steering.factor
-            errors = index.expected_errors(query, hits)[:, :-1]
-            hits = hits.first((errors > least).sum(1))
-        counters = self._store.counters
+            counts = (index.expected_errors(query, hits)[:, :-1] > least).sum(1)
+            chosen = hits.first(counts)
+            spared = counts + counts // _SPARE_PART
+            return chosen, hits.first(spared).ids if has_spares else chosen.ids
+        if not has_spares:
+            hits = index.search(query, budget, group)
+            return hits, hits.ids
+        hits = index.search(query, budget + budget // _SPARE_PART, group)
+        return replace(hits, ids=hits.ids[:, :budget]), hits.ids
+
+    def _count(self, hits: Hits, index: KeyIndex, expected: Ints | None) -> None:
+        """Count what a search came to, and how much of it had been expected."""
+        counters, num_found = self._store.counters, int(hits.found.sum())
         counters.covered_tokens += index.num_tokens * index.num_heads
-        counters.retrieved_tokens += int(hits.found.sum())
-        return hits
+        counters.retrieved_tokens += num_found
+        if expected is None:
+            return
+        # The last column, which -1 names, stands for no token.
+        marks = np.zeros((index.num_heads, index.num_tokens + 1), dtype=np.bool_)
+        np.put_along_axis(marks, expected, values=True, axis=1)
+        marks[:, -1] = False
+        counters.foreseeable_rows += num_found
+        counters.foreseen_rows += int(np.take_along_axis(marks, hits.ids.cpu().numpy(), 1).sum())
 
     def _observe(self, error: float) -> None:
         if self.plan.error is not None:
             self._steering.observe(error, self.plan.error)
+
+
+@dataclass(slots=True)
+class _Outlook:
+    """What a layer was last asked about, and what it is expected to choose next.
+
+    Attributes
+    ----------
+    version : int
+        Of its rows, then.
+    ripe, covered : range
+        Chunks; see ``SparsePlan``.
+    expected : dict of int to ndarray
+        By row of the batch, int64 [len(heads), num_tokens].
+    store_version, is_beyond_memory
+        Whether, at that version of the store, some of what is covered was on the disk only.
+    """
+
+    version: int = -1
+    ripe: range = range(0)
+    covered: range = range(0)
+    expected: dict[int, Ints] = field(default_factory=dict)
+    store_version: int = -1
+    is_beyond_memory: bool = False
+
+    def follow(self, version: int, ripe: range, covered: range) -> None:
+        """Note what is asked about now."""
+        if (version, ripe, covered) != (self.version, self.ripe, self.covered):
+            self.version, self.ripe, self.covered = version, ripe, covered
+            self.store_version = -1
 
 
 class _Run(NamedTuple):
@@ -250,6 +366,13 @@ class _Run(NamedTuple):
     version: Hashable
     chunks: Sequence[ChunkId]
     heads: tuple[int, ...]
+
+
+def _unread(likely: Ints, addresses: Ints) -> Ints:
+    """Return ids without those that have an address, the first ones; -1 in their place."""
+    ids = likely.copy()
+    ids[:, : addresses.shape[1]][addresses != 0] = NO_TOKEN
+    return ids
 
 
 def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, found: Tensor) -> Partial:

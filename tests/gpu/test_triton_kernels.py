@@ -4,8 +4,15 @@ import pytest
 import torch
 
 from offload.kernels import dispatch, reference
+from offload.kernels import scan as defined
 from tests.support.triton_cases import SCALE, AttentionCases, RowCases, attend, check
-from tests.support.triton_scan_cases import ScanCases
+from tests.support.triton_scan_cases import (
+    ScanCases,
+    check_scan,
+    make_index,
+    on_device,
+    round_queries,
+)
 from tests.support.triton_tables import draw
 
 # After the module that decides how kernels run.
@@ -47,6 +54,37 @@ def test_gather_from_page_locked_memory_brings_the_named_rows(row_bytes: int) ->
     out = torch.zeros(300, row_bytes, dtype=torch.uint8, device="cuda")
     gather_rows(addresses_of(rows).cuda(), slots.cuda(), out)
     assert torch.equal(out.cpu()[slots], rows)
+
+
+def test_dispatch_on_the_device_scans_with_the_kernels_and_waits_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tables, query = make_index((3000, 200), 2, 128).tables(), round_queries(4, 128)
+    expected = defined.scan(tables, query, 30, "max")
+    own, asked = on_device(tables, "cuda"), query.cuda()
+    dispatch.scan(own, asked, 30, "max")  # compiles, and brings there what is kept
+    monkeypatch.setattr(dispatch, "reference_scan", None)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = dispatch.scan(own, asked, 30, "max")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    check_scan(found, expected)
+
+
+@pytest.mark.parametrize("num_queries", [1, 4])
+def test_scan_by_a_graph_follows_the_query(num_queries: int) -> None:
+    tables = make_index((3000, 200), 2, 128).tables()
+    own, asked = on_device(tables, "cuda"), round_queries(num_queries, 128).cuda()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        dispatch.scan(own, asked, 30, "max")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        found = dispatch.scan(own, asked, 30, "max")
+    asked.neg_()
+    graph.replay()
+    check_scan(found, defined.scan(tables, asked.cpu(), 30, "max"))
 
 
 def test_dispatch_on_the_device_attends_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

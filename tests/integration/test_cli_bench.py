@@ -174,24 +174,24 @@ def measure(*arguments: str, output: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.leaks
 def test_bench_attention_measures_contenders_on_every_cell(tmp_path: Path) -> None:
-    contenders = ["dense", "dynamic", "exact", "adaptive", "streaming:256"]
+    contenders = ["dense", "dynamic", "exact", "retroinfer", "streaming:256"]
     rows = measure(
         *("attention", "--contexts", "512", "2048", "--contenders", *contenders),
         *("--budgets", "0.05", "--dtype", "float32"),
         output=tmp_path / "new" / "results",
     )
-    names = ["dense", "dynamic", "exact", "adaptive:0.05", "streaming:256"]
+    names = ["dense", "dynamic", "exact", "retroinfer:0.05", "streaming:256"]
     assert [row["contender"] for row in rows] == 2 * names
     assert [row["num_tokens"] for row in rows] == 5 * [512] + 5 * [2048]
     assert all(row["ms_p95"] >= row["ms_median"] > 0 for row in rows)
     assert all(row["num_steps"] == 4 and row["num_rounds"] == 2 for row in rows)
-    dense, dynamic, exact, adaptive, streaming = rows[5:]
+    dense, dynamic, exact, clustered, streaming = rows[5:]
     assert dense["ratio"] == 1.0
     assert dense["limit_share"] > 0
     assert max(row["error_median"] for row in (dense, dynamic, exact)) < 1e-5
-    assert 1e-5 < adaptive["error_median"] < streaming["error_median"]
-    assert adaptive["index_bytes"] > 0
-    assert streaming["read_bytes"] < adaptive["read_bytes"] < exact["read_bytes"]
+    assert 1e-5 < clustered["error_median"] < streaming["error_median"]
+    assert clustered["index_bytes"] > 0
+    assert streaming["read_bytes"] < clustered["read_bytes"] < exact["read_bytes"]
     assert exact["read_bytes"] == dense["read_bytes"]
     assert exact["made_by"]["versions"]["torch"]
 

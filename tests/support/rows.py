@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from offload.sparse.row_plan import RowMemory
 from offload.sparse.row_reader import RowReader
@@ -21,12 +20,10 @@ from offload.tiers.disk import DiskTier
 from offload.tiers.eviction import KeepFirst
 from offload.tiers.faults import FaultPlan
 from offload.tiers.faulty import FaultyTier
-from offload.tiers.late_transfer import LateTransfer
 from offload.tiers.memory import MemoryTier
 from offload.tiers.pool import page_aligned
 from offload.tiers.syscalls import VectoredCall
-from offload.tiers.transfer import Transfer
-from offload.types import PAGE_BYTES, ChunkId, ChunkInfo, SlotId
+from offload.types import PAGE_BYTES, ChunkId
 from tests.support.disk import WAIT_S
 from tests.support.stores import LAYOUT, Contents, put
 
@@ -37,34 +34,6 @@ MANY_LINES = 1 << 16
 OWNER = 1
 
 Ints = NDArray[np.int64]
-
-
-class FaultyDisk(FaultyTier):
-    """A disk tier with faults of which single heads can be read."""
-
-    def read_heads(
-        self,
-        slots: Sequence[SlotId],
-        infos: Sequence[ChunkInfo],
-        heads: slice | Sequence[int],
-        out: Sequence[Tensor],
-        *,
-        urgent: bool = True,
-    ) -> Transfer:
-        what = self._describe("read of heads", infos)
-        if not self.is_armed:
-            return self._disk.read_heads(slots, infos, heads, out, urgent=urgent)
-        draw = self._dice.draw(what)
-        if draw.error is not None:
-            transfer = self._fail(what, slots, draw.error)
-        else:
-            transfer = self._disk.read_heads(slots, infos, heads, out, urgent=urgent)
-        return LateTransfer(what, transfer, draw.late_s, self._closing)
-
-    @property
-    def _disk(self) -> DiskTier:
-        assert isinstance(self.inner, DiskTier)
-        return self.inner
 
 
 @dataclass
@@ -157,8 +126,8 @@ def open_shelf(
         deadline_s=WAIT_S,
         preadv=preadv,
     )
-    disk = own if faults is None else FaultyDisk(own, faults)
-    if isinstance(disk, FaultyDisk):
+    disk = own if faults is None else FaultyTier(own, faults)
+    if isinstance(disk, FaultyTier):
         disk.is_armed = False
     buffers = list(page_aligned(4 * LAYOUT.slot_bytes).view(4, -1))
     tiers: list[Tier] = [memory, disk]

@@ -30,6 +30,7 @@ from offload.kernels.triton_merge import merge_splits
 from offload.kernels.triton_places import score_places
 from offload.kernels.triton_quantised import attend_quantised
 from offload.kernels.triton_rows import addresses_of, attend_rows
+from offload.kernels.triton_scan import scan
 from tests.support.triton_tables import make_tables
 
 _CAPABILITY = 90
@@ -119,6 +120,8 @@ def call_all() -> None:
     tables, owner = make_tables(128, 2, num_heads=8)
     logits, hoped = score_clusters(tables, wide)
     score_places(tables, owner, wide, logits, choose_clusters(tables, hoped, 9, "max"))
+    for group in ("max", "sum"):
+        scan(tables, wide, 9, group)
     many = tables._replace(counts=torch.ones(8, 4096, dtype=torch.int16))
     choose_clusters(many, torch.zeros(8, 4, 4096), 9, "max")
     merge_splits(torch.zeros(1, 32, 1, 33, 128), torch.zeros(1, 32, 1, 33))

@@ -33,7 +33,9 @@ HUGGING_FACE = {
     "__init__",
     "_compat",
     "attention",
+    "bench",
     "cache",
+    "cli_bench",
     "cli_demo",
     "cli_doctor",
     "cli_eval",
@@ -48,6 +50,7 @@ HUGGING_FACE = {
     "identity",
     "layers",
     "local_model",
+    "lookahead",
     "masks",
     "weights",
     "prefill",
@@ -58,7 +61,7 @@ HUGGING_FACE = {
 }
 
 # Imported where they are found, and done without where they are not.
-OPTIONAL = {"matplotlib", "triton"}
+OPTIONAL = {"llvmlite", "matplotlib", "numba", "triton"}
 
 MAX_LINES = 400
 MAX_MEDIAN_LINES = 150

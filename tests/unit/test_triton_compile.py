@@ -20,9 +20,15 @@ KERNELS = {
     "_choose_clusters",
     "_gather_rows",
     "_merge_splits",
+    "_own_places",
+    "_rank_places",
     "_score_boxes",
     "_score_clusters",
     "_score_places",
+    "_sum_clusters",
+    "_sum_residuals",
+    "_take_hits",
+    "_weigh_rows",
 }
 STREAMING = ("_attend_chunks", "_attend_rows", "_gather_rows", "_bound_chunks", "_score_boxes")
 """Bound by memory, in rows of at least 16 bytes."""
