@@ -29,8 +29,9 @@ from offload.evals.parametric import Shape, make_head
 from offload.index.clusters import SEGMENT_TOKENS
 from offload.index.kmeans import spherical_kmeans
 from offload.index.residual import ResidualIndex, Settings
-from offload.index.value_codes import VALUE_DIMS, code_values
+from offload.index.value_codes import code_values
 from offload.kernels.codes import encode
+from offload.kernels.sign_planes import NUM_SIGNS
 from offload.prefill import prefill
 from offload.recall_data import build_document
 from offload.recall_model import load_recall_model
@@ -104,7 +105,7 @@ class Decoder:
         """Of the matrix products of the index: three rounds on every fourth key, then all keys."""
         clusters = SEGMENT_TOKENS // Settings().tokens_per_cluster
         nearest = 2 * clusters * self.head_dim * (1 + 3 / 4)
-        codes = 2 * self.head_dim * (2 * self.head_dim + 2 * VALUE_DIMS)
+        codes = 2 * self.head_dim * (2 * self.head_dim + 2 * NUM_SIGNS)
         return num_tokens * self.num_indexes * (nearest + codes)
 
 

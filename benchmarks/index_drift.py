@@ -31,7 +31,7 @@ from tqdm import tqdm
 from benchmarks.shifting_text import GENERATED, PROMPT, SHIFTS, Text
 from offload.index.base import Hits, KeyIndex, combine_group
 from offload.index.bounds import BoundsIndex
-from offload.index.clusters import ClusterIndex, best_tokens
+from offload.index.clusters import ClusterIndex
 from offload.index.kmeans import spherical_kmeans
 from offload.index.residual import ResidualIndex
 from offload.sparse.segments import Cut, SegmentSizes
@@ -90,7 +90,7 @@ class FixedClusters:
 
         def search(query: Tensor, budget: int) -> Hits:
             shares = combine_group(query @ self._centroids.mT)
-            return Hits(best_tokens(shares, assigned, budget), 0)
+            return Hits(shares.gather(1, assigned).topk(budget, dim=1).indices, 0)
 
         return search
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from offload.errors import ConfigError
-from offload.kernels.scan import Combine, combine_shares
+from offload.kernels.scan import Combine as Combine
+from offload.kernels.scan import combine_shares
 from offload.types import Partial
 
 _T = TypeVar("_T")

@@ -130,14 +130,16 @@ def pack(numbers: Tensor, num_bits: int) -> Tensor:
     packed = rows[:, :, :, 0].clone()
     for place in range(1, per_byte):
         packed |= rows[:, :, :, place] << place * num_bits
-    return packed.unflatten(1, (-1, BLOCK_PLACES)).transpose(2, 3).contiguous()
+    blocks: Tensor = packed.unflatten(1, (-1, BLOCK_PLACES)).transpose(2, 3).contiguous()
+    return blocks
 
 
 def unpack(bits: Tensor, num_bits: int, dim: int) -> Tensor:
     """Return the levels of packed codes, float32 ``[num_heads, 16 * num_blocks, dim]``."""
     shifts = torch.arange(0, 8, num_bits, device=bits.device).to(torch.uint8).unsqueeze(-1)
     rows = bits.transpose(2, 3).flatten(1, 2).unsqueeze(3) >> shifts & (1 << num_bits) - 1
-    return rows.flatten(2)[..., :dim] - middle(num_bits)
+    levels: Tensor = rows.flatten(2)[..., :dim] - middle(num_bits)
+    return levels
 
 
 def middle(num_bits: int) -> float:

@@ -14,7 +14,12 @@ from numba.extending import intrinsic
 _I8, _I16, _I32 = (ir.IntType(bits) for bits in (8, 16, 32))
 
 
-@intrinsic
+def _intrinsic(function: Any) -> Any:
+    """Make an intrinsic, whose arguments are not those that type checkers see."""
+    return intrinsic(function)
+
+
+@_intrinsic
 def as_float(typing_context: Any, bits: Any) -> Any:
     """Return the float32 with the bits of a uint32."""
 
@@ -24,7 +29,7 @@ def as_float(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.uint32), generate
 
 
-@intrinsic
+@_intrinsic
 def as_bits(typing_context: Any, number: Any) -> Any:
     """Return the bits of a float32 as a uint32."""
 
@@ -34,7 +39,7 @@ def as_bits(typing_context: Any, number: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
-@intrinsic
+@_intrinsic
 def from_half(typing_context: Any, bits: Any) -> Any:
     """Return the float32 of the bits of a float16, a uint16."""
 
@@ -44,7 +49,7 @@ def from_half(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.uint16), generate
 
 
-@intrinsic
+@_intrinsic
 def prefetch(typing_context: Any, address: Any) -> Any:
     """Begin to load the cache line at an address."""
 
@@ -59,7 +64,7 @@ def prefetch(typing_context: Any, address: Any) -> Any:
 
 
 def _load_at(numba_type: Any) -> Any:
-    @intrinsic
+    @_intrinsic
     def load(typing_context: Any, address: Any, index: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             kind = context.get_value_type(numba_type)

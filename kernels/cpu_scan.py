@@ -71,7 +71,7 @@ def scan(tables: ScanTables, query: Tensor, budget: int, group: Combine) -> Scan
 
 
 def _arrays(tables: ScanTables) -> Tables:
-    return Tables(*(_whole(tensor) for tensor in tables[: len(Tables._fields)]))
+    return Tables(*(_whole(getattr(tables, name)) for name in Tables._fields))
 
 
 def _whole(tensor: Tensor) -> NDArray[Any]:

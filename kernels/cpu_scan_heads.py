@@ -20,7 +20,7 @@ from offload.kernels.scan import DEVIATIONS
 
 F32 = np.float32
 
-_LOWEST, _HIGHEST = -20.0, 60.0
+_LOWEST, _HIGHEST = -20.0, 35.0
 """Where the highest logit may lie, relative to what sums are relative to."""
 
 _MAX_ROUNDS = 3
@@ -209,7 +209,8 @@ def _add_others(
     for q in range(len(logits)):
         total, squares = F32(0), F32(0)
         for c in range(len(left)):
-            one, number = exp(logits[q, c] - sums.peak[q]), F32(left[c])
+            number = F32(left[c])
+            one = exp(logits[q, c] - sums.peak[q]) if left[c] > 0 else F32(0)
             spread = from_brain(tables.spread[head, c])
             sums.mass[q, c] += one * number
             total += one * number

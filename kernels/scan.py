@@ -208,7 +208,8 @@ def _scanned(
     is_token = token_places(tables.sizes).to(own.device)
     touched = chosen.gather(1, own) & is_token
     blocks = touched.unflatten(1, (-1, BLOCK_PLACES)).any(-1, keepdim=True)
-    return blocks.expand(-1, -1, BLOCK_PLACES).flatten(1) & is_token
+    scanned: Tensor = blocks.expand(-1, -1, BLOCK_PLACES).flatten(1) & is_token
+    return scanned
 
 
 def clusters_of_places(counts: Tensor, sizes: Sizes) -> Tensor:
@@ -304,7 +305,8 @@ def output_length(tables: ScanTables, found: Scan) -> Tensor:
     means = means * tables.value_mean_scale.gather(1, found.clusters).float().unsqueeze(-1)
     hits = torch.bmm((found.logits - lse).exp(), means)
     rest = found.rest.out * (found.rest.lse.unsqueeze(-1) - lse).exp()
-    return (hits + rest).norm(dim=-1)
+    length: Tensor = (hits + rest).norm(dim=-1)
+    return length
 
 
 def estimate_hits(tables: ScanTables, found: Scan, missing: Tensor) -> Partial:

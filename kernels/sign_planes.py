@@ -34,7 +34,8 @@ def unpack_signs(bits: Tensor) -> Tensor:
     """Return the signs, -1 or 1, float32 ``[num_heads, 16 * num_blocks, 32]``."""
     planes = torch.arange(8, device=bits.device).to(torch.uint8)
     grid = (bits.unsqueeze(-1) >> planes & 1).unflatten(4, (4, 2)).permute(0, 1, 4, 3, 5, 2)
-    return grid.reshape(len(bits), -1, NUM_SIGNS) * 2.0 - 1.0
+    signs: Tensor = grid.reshape(len(bits), -1, NUM_SIGNS) * 2.0 - 1.0
+    return signs
 
 
 def signs_at(blocks: Tensor, lanes: Tensor) -> Tensor:

@@ -164,6 +164,7 @@ def weigh_rows(weights: Tensor, rows: Tensor) -> Tensor:
     num_heads, num_queries, num_rows = weights.shape
     dim = rows.shape[2]
     pad = padded(dim)
+    # Both operands are unpacked to float32 in registers: twice a row, so that none spills.
     splits = plan_splits(weights.device, num_heads, num_rows, 2 * pad * torch.float32.itemsize)
     out = weights.new_empty(num_heads, num_queries, splits.num_splits, dim)
     with on_device(weights):

@@ -47,8 +47,8 @@ class OffloadedCache(Cache):
         Let ``"adaptive"`` read as little as keeps the relative error of nine in ten answers below
         this; the budget is then the most that it reads.
     max_wait_us : float, optional
-        Longest wait of a layer for rows from the disk, at each step, in microseconds; what is late
-        stays in the estimate of a sparse policy. By default everything is waited for.
+        Longest wait of a layer, at each step, for what a sparse policy reads from the disk; what is
+        late is estimated. By default everything is waited for.
     capacity : mapping of str to int or str, optional
         Hard limit per tier, such as ``{"gpu": "2GiB", "cpu": "8GiB", "disk": "200GiB"}``. Tiers
         that are not named get a share of what is free, never more than half.
@@ -196,9 +196,8 @@ class OffloadedCache(Cache):
     ) -> SessionInfo:
         """Save the cache as a session, which any process can ``load``.
 
-        A session of that name is replaced.
-        Chunks that the store has already are not written again, so saving after every turn costs
-        what the turn has added. The cache can be used on.
+        A session of that name is replaced. Chunks that the store has already are not written again,
+        so saving after every turn costs what the turn has added. The cache can be used on.
 
         Parameters
         ----------
@@ -223,10 +222,8 @@ class OffloadedCache(Cache):
         ------
         ConfigError
             The cache is empty, or the name, tokens or model do not fit.
-        DiskFull
-            The quota or the device has no room; nothing was saved, earlier sessions are as before.
-        StorageError, TransferTimeout
-            The same.
+        DiskFull, StorageError, TransferTimeout
+            Such as: the quota has no room. Nothing was saved, earlier sessions are as before.
         """
         found = resume.the_model(model, self._config)
         info, self.token_ids = resume.save(

@@ -92,7 +92,8 @@ class LookAhead:
         self, following: "QueryEstimate", layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         cache = self._cache()
-        if cache is None or cache is not kwargs.get("past_key_values"):
+        is_used = kwargs.get("past_key_values") is cache
+        if cache is None or not is_used:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
         runtime = cache._core.runtime

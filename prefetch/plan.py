@@ -16,7 +16,8 @@ def place_of(level: int, slot: SlotId) -> int:
 
 def slot_at(place: int) -> tuple[int, SlotId]:
     """Return the level and slot of a place."""
-    return divmod(place, _TIER_PLACES)
+    level, slot = divmod(place, _TIER_PLACES)
+    return level, SlotId(slot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,8 @@ def _longest_run(
     base = column[0]
     assert base is not None
     row_stride = (column[1] or 0) - base if len(column) > 1 else 0
-    if any(slot != base + i * row_stride for i, slot in enumerate(column)) or not 0 <= row_stride < _TIER_PLACES // 2:
+    is_regular = all(slot == base + i * row_stride for i, slot in enumerate(column))
+    if not 0 <= row_stride < _TIER_PLACES // 2 or not is_regular:
         return None
     count, step = 1, 0
     while start + count < total:
@@ -129,7 +131,8 @@ def _longest_run(
         if count == 1:
             step = column[0] - base
         expected = base + count * step
-        if not 0 < step < _TIER_PLACES // 2 or any(slot != expected + i * row_stride for i, slot in enumerate(column)):
+        is_regular = all(slot == expected + i * row_stride for i, slot in enumerate(column))
+        if not 0 < step < _TIER_PLACES // 2 or not is_regular:
             break
         count += 1
     return ResidentRun(start, count, base, (row_stride, step if count > 1 else 0))

@@ -4,17 +4,23 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
-from offload.errors import CorruptChunk, StorageError, TransferTimeout
+from offload.errors import ConfigError, CorruptChunk, StorageError, TransferTimeout
 from offload.tiers.disk import DiskTier
 from offload.tiers.faults import FaultPlan
 from offload.tiers.faulty import FaultyTier
+from offload.tiers.memory import MemoryTier
+from offload.tiers.pool import page_aligned
+from offload.tiers.transfer import Transfer
 from offload.types import PAGE_BYTES, ChunkId
 from tests.support.disk import WAIT_S, FlakyCall, Gate
 from tests.support.rows import HEADS, Shelf, open_shelf, tokens
 from tests.support.stores import LAYOUT
 
 SIZE = LAYOUT.chunk_tokens
+HEAD_BYTES = LAYOUT.chunk_bytes // LAYOUT.num_kv_heads
 EVERY = tokens(*range(0, 6 * SIZE, SIZE))
 """A token of each of six chunks."""
 
@@ -168,3 +174,51 @@ def test_close_with_a_hung_read_is_a_timeout_and_frees_it_when_the_disk_comes_ba
             shelf.reader.close()
         shelf.store.deadline_s = WAIT_S
         gate.open()
+
+
+def buffers_for(count: int) -> list[Tensor]:
+    return list(page_aligned(count * HEAD_BYTES).view(count, HEAD_BYTES))
+
+
+def heads_of(shelf: Shelf, out: list[Tensor]) -> Transfer:
+    """Begin to read the last head of the first chunks, one for each buffer."""
+    tier, entries = shelf.disk, [shelf.store.table[c] for c in shelf.chunks[: len(out)]]
+    assert isinstance(tier, FaultyTier)
+    slots, infos = [entry.slots[1] for entry in entries], [entry.info for entry in entries]
+    return tier.read_heads(slots, infos, slice(1, 2), out)
+
+
+def test_late_read_of_heads_is_not_done_before_its_time_and_brings_them(tmp_path: Path) -> None:
+    with open_shelf(tmp_path, 2, faults=FaultPlan(delay=1.0, delay_s=0.1)) as shelf:
+        arm(shelf)
+        out = buffers_for(2)
+        transfer = heads_of(shelf, out)
+        assert not transfer.done()
+        transfer.wait(WAIT_S)
+        for chunk, found in zip(shelf.chunks, out, strict=True):
+            expected = shelf.contents[chunk][1].reshape(-1)
+            assert torch.equal(found.view(LAYOUT.dtype), expected)
+
+
+def test_failed_read_of_heads_names_them_and_moves_nothing(tmp_path: Path) -> None:
+    with open_shelf(tmp_path, 2, faults=FaultPlan(fail=1.0)) as shelf:
+        arm(shelf)
+        out = buffers_for(2)
+        transfer = heads_of(shelf, out)
+        assert transfer.num_bytes == 2 * HEAD_BYTES
+        with pytest.raises(StorageError, match="disk read of heads of 2 chunks, first of layer 0"):
+            transfer.wait(WAIT_S)
+        assert not any(bool(buffer.any()) for buffer in out)
+
+
+def test_read_of_heads_is_refused_by_a_tier_that_reads_whole_chunks_only() -> None:
+    memory = MemoryTier(
+        "cpu",
+        capacity_bytes=LAYOUT.slot_bytes,
+        layout=LAYOUT,
+        device=torch.device("cpu"),
+    )
+    tier = FaultyTier(memory, FaultPlan())
+    with pytest.raises(ConfigError, match="the cpu tier reads whole chunks only"):
+        tier.read_heads([], [], slice(0, 1), [])
+    tier.close()
