@@ -172,6 +172,9 @@ class Engine:
             line_hits=counters.line_hits,
             late_rows=counters.late_rows,
             failed_reads=counters.failed_row_reads,
+            anticipated_rows=counters.anticipated_rows,
+            foreseeable_rows=counters.foreseeable_rows,
+            foreseen_rows=counters.foreseen_rows,
             wait_s=counters.row_wait_s + counters.load_wait_s,
             read_s=0.0 if self.disk is None else self.disk.reading.total_s,
         )

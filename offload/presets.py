@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from offload.errors import ConfigError
 from offload.index.base import Combine, KeyIndex
@@ -104,6 +104,7 @@ def customised(
     group: Combine | None = None,
     sink_tokens: int | None = None,
     window_tokens: int | None = None,
+    dense_below: int | Literal["auto"] | None = None,
     max_wait_us: float | None = None,
     line_share: float | None = None,
 ) -> Preset:
@@ -130,6 +131,10 @@ def customised(
         gives a token, or by the sum.
     sink_tokens, window_tokens : int, optional
         First and last tokens that are always attended.
+    dense_below : int or "auto", optional
+        Tokens of context below which everything is read. ``"auto"``: below which that is faster in
+        memory, as measured on this machine when it is first asked; so results may differ from one
+        machine to the next, and from run to run.
     max_wait_us : float, optional
         Longest wait of a layer, at each step, for rows from the disk, in microseconds; what is late
         stays in the estimate. By default everything is waited for.
@@ -163,6 +168,10 @@ def customised(
         changes["group"] = group
     if not tail:
         changes["has_tail"] = False
+    if dense_below is not None:
+        if dense_below != "auto" and (isinstance(dense_below, bool) or dense_below < 0):
+            raise ConfigError(f"dense_below={dense_below!r} is neither 'auto' nor tokens")
+        changes["dense_below"] = dense_below
     row_changes = _checked_rows(max_wait_us, line_share)
     if not changes and not row_changes:
         return preset

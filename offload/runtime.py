@@ -280,6 +280,7 @@ def _collect(runtime: Runtime) -> CacheStats:
         demoted_chunks=counters.demoted_chunks,
         covered_tokens=counters.covered_tokens,
         retrieved_tokens=counters.retrieved_tokens,
+        scanned_bytes=counters.scanned_bytes,
         index_bytes=0 if engine.retrieval is None else engine.retrieval.index_bytes,
         num_checks=errors.num_checks,
         error_median=errors.median,

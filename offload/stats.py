@@ -63,6 +63,8 @@ class Counters:
     covered_tokens, retrieved_tokens : int
         Tokens, per KV head and call, that sparse attention was responsible for, and those of them
         that it read.
+    scanned_bytes : int
+        Of indexes, read by searches.
     line_lookups, line_hits : int
         Rows of tokens that were needed and lay in no tier's memory, and those of them that were in
         the cache of lines.
@@ -93,6 +95,7 @@ class Counters:
     rescued_chunks: int = 0
     covered_tokens: int = 0
     retrieved_tokens: int = 0
+    scanned_bytes: int = 0
     line_lookups: int = 0
     line_hits: int = 0
     late_rows: int = 0
@@ -205,6 +208,8 @@ class CacheStats:
         See ``Counters``.
     covered_tokens, retrieved_tokens : int
         Likewise.
+    scanned_bytes : int
+        Of indexes, read by searches; 0 on a CUDA device, which is not waited for to count.
     index_bytes : int
         Of the indexes of sparse attention.
     num_checks : int
@@ -230,6 +235,7 @@ class CacheStats:
     rescued_chunks: int = 0
     covered_tokens: int = 0
     retrieved_tokens: int = 0
+    scanned_bytes: int = 0
     index_bytes: int = 0
     num_checks: int = 0
     error_median: float = 0.0

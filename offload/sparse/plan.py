@@ -60,6 +60,9 @@ class SparsePlan:
         First and last tokens, always attended; whole chunks are.
     dense_layers : int
         Layers from the first that read everything.
+    dense_below : int or "auto"
+        Tokens of context below which all layers read everything; ``"auto"``: measured, see
+        ``BreakEven``.
     streaming_heads : StreamingHeads or None
         Heads that are neither indexed nor read. Layers beyond its length have none.
     group : {"max", "sum"}
@@ -84,6 +87,7 @@ class SparsePlan:
     sink_tokens: int = 4
     window_tokens: int = 64
     dense_layers: int = 0
+    dense_below: int | Literal["auto"] = 0
     streaming_heads: StreamingHeads | None = None
     group: Combine = "max"
     max_queries: int = 64

@@ -12,6 +12,7 @@ from offload.exact import AttentionCall
 from offload.index.base import NO_TOKEN, Hits, KeyIndex
 from offload.kernels import dispatch
 from offload.kernels.reference import merge
+from offload.sparse.break_even import BreakEven
 from offload.sparse.indexes import Holder, LayerIndexes
 from offload.sparse.plan import SparsePlan
 from offload.sparse.queries import QuerySample
@@ -85,6 +86,7 @@ class Retrieval:
         self.plan = plan
         self._store = store
         self._rows = rows
+        self._break_even = BreakEven(plan, store.layout, device)
         self._keeps_rows = rows is not None and rows.num_lines > 0
         self._max_wait_s = max_wait_s
         self._device = device
@@ -151,6 +153,8 @@ class Retrieval:
             self._prepare(layer, call, ripe)
             return [], range(0)
         covered = self.plan.covered(ripe, size)
+        if covered and self._break_even.is_dense(layer.num_context, call.query.shape[1]):
+            return [], range(0)
         if not covered or self._indexes is None:
             positions = call.query.shape[2] * len(layer.rows)
             self._store.counters.covered_tokens += (
@@ -208,9 +212,7 @@ class Retrieval:
 
     def _is_beyond_memory(self, layer: Layer, outlook: "_Outlook") -> bool:
         """Whether rows may have to come from the disk, and there is memory to keep them in."""
-        if not self._keeps_rows:
-            return False
-        if outlook.store_version != self._store.version:
+        if self._keeps_rows and outlook.store_version != self._store.version:
             outlook.store_version = self._store.version
             table, disk = self._store.table, len(self._store.tiers) - 1
             outlook.is_beyond_memory = any(
@@ -282,9 +284,8 @@ class Retrieval:
         merged = read if tail is None else merge([read, tail])
         self._rows.release()
         if likely is not hits.ids:
-            ids = likely.cpu().numpy().copy()  # late ones first, then those just below the cut
-            ids[:, : found.shape[1]][found != 0] = NO_TOKEN
-            self._rows.prefetch(*run, ids)
+            # Late ones first, then those just below the cut.
+            self._rows.prefetch(*run, _unread(likely.cpu().numpy(), found))
         drawn = self._check.draw(len(run.heads))
         if drawn is not None:
             answer = Partial(merged.out[drawn], merged.lse[drawn])
@@ -303,25 +304,26 @@ class Retrieval:
             chosen = hits.first(counts)
             spared = counts + counts // _SPARE_PART
             return chosen, hits.first(spared).ids if has_spares else chosen.ids
-        if not has_spares:
-            hits = index.search(query, budget, group)
-            return hits, hits.ids
-        hits = index.search(query, budget + budget // _SPARE_PART, group)
-        return replace(hits, ids=hits.ids[:, :budget]), hits.ids
+        spare = budget // _SPARE_PART if has_spares else 0
+        hits = index.search(query, budget + spare, group)
+        chosen = replace(hits, ids=hits.ids[:, :budget])
+        return chosen, hits.ids if has_spares else chosen.ids
 
     def _count(self, hits: Hits, index: KeyIndex, expected: Ints | None) -> None:
         """Count what a search came to, and how much of it had been expected."""
         counters, num_found = self._store.counters, int(hits.found.sum())
         counters.covered_tokens += index.num_tokens * index.num_heads
         counters.retrieved_tokens += num_found
-        if expected is None:
-            return
-        # The last column, which -1 names, stands for no token.
-        marks = np.zeros((index.num_heads, index.num_tokens + 1), dtype=np.bool_)
-        np.put_along_axis(marks, expected, values=True, axis=1)
-        marks[:, -1] = False
-        counters.foreseeable_rows += num_found
-        counters.foreseen_rows += int(np.take_along_axis(marks, hits.ids.cpu().numpy(), 1).sum())
+        if isinstance(hits.scanned_bytes, int):
+            counters.scanned_bytes += hits.scanned_bytes
+        if expected is not None:
+            # The last column, which -1 names, stands for no token.
+            marks = np.zeros((index.num_heads, index.num_tokens + 1), dtype=np.bool_)
+            np.put_along_axis(marks, expected, values=True, axis=1)
+            marks[:, -1] = False
+            known = np.take_along_axis(marks, hits.ids.cpu().numpy(), axis=1)
+            counters.foreseeable_rows += num_found
+            counters.foreseen_rows += int(np.count_nonzero(known))
 
     def _observe(self, error: float) -> None:
         if self.plan.error is not None:
