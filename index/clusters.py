@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -101,8 +102,16 @@ class Clusters:
         stops = torch.tensor(list(accumulate(map(num_places, lengths))), device=places.device)
         first = torch.tensor([0, *accumulate(lengths)], device=places.device)
         order = self.order.gather(1, places.clamp_min(0))
-        tokens = order + first[torch.searchsorted(stops, places, right=True)]
+        tokens = order + first[_rank(stops, places)]
         return tokens.masked_fill((order < 0) | (places < 0), NO_TOKEN)
+
+
+def _rank(stops: Tensor, places: Tensor) -> Tensor:
+    """Return how many stops are not behind each place."""
+    if places.device.type != "cpu":
+        return torch.searchsorted(stops, places, right=True)
+    # torch uses its threads for this, which then spin on the cores that are needed next.
+    return torch.from_numpy(np.searchsorted(stops.numpy(), places.numpy(), side="right"))
 
 
 _TENSORS = tuple(field.name for field in fields(Clusters) if field.name != "sizes")

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
 
 from offload.kernels.codes import middle, rotation
 from offload.kernels.cpu_scan_heads import scan_heads
+from offload.kernels.cpu_scan_query import round_queries
 from offload.kernels.cpu_scan_tables import LOGS, LOGS_OF_BRAINS, Found, Query, Tables
 from offload.kernels.cpu_threads import run_shares
 from offload.kernels.scan import Combine, Scan, ScanTables
@@ -88,19 +88,23 @@ def _whole(tensor: Tensor) -> NDArray[Any]:
 
 
 def _round_query(tables: ScanTables, query: Tensor) -> Query:
-    dim = query.shape[-1]
-    wide_unit = query.abs().amax(-1).clamp_min(1e-30) / min(32767, (1 << 31) // (127 * dim) - 1)
-    turned = query @ rotation(dim)
-    unit = turned.abs().amax(-1).clamp_min(1e-30) / 127
-    narrow = (turned / unit.unsqueeze(-1)).round()
-    per_row = tables.key_bits.shape[2] * 4 * 8 // tables.num_bits
-    rows = pad(narrow, (0, per_row - dim)).to(torch.int8)
-    wide = (query / wide_unit.unsqueeze(-1)).round()
-    return Query(
-        pad(wide, (0, -dim % 32)).to(torch.int16).numpy(),
-        wide_unit.numpy(),
-        rows.unflatten(2, (-1, 4)).transpose(1, 2).contiguous().numpy(),
-        unit.numpy(),
-        (narrow.sum(-1) * unit * middle(tables.num_bits)).numpy(),
-        query.norm(dim=-1).numpy(),
+    """Return queries as kernels take them.
+
+    Not with torch: after a product of matrices its threads spin for milliseconds, on the cores that
+    the scan is about to use.
+    """
+    num_heads, num_queries, dim = query.shape
+    num_rows = tables.key_bits.shape[2] * 8 // tables.num_bits
+    shape = (num_heads, num_queries)
+    rounded = Query(
+        np.zeros((*shape, dim + -dim % 32), np.int16),
+        np.empty(shape, np.float32),
+        np.zeros((num_heads, num_rows, num_queries, 4), np.int8),
+        np.empty(shape, np.float32),
+        np.empty(shape, np.float32),
+        np.empty(shape, np.float32),
     )
+    wide_limit = min(32767, (1 << 31) // (127 * dim) - 1)
+    turn = rotation(dim).numpy()
+    round_queries(query.numpy(), turn, wide_limit, middle(tables.num_bits), rounded)
+    return rounded
