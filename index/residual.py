@@ -49,7 +49,7 @@ class Settings:
 
     num_bits: int = 2
     tokens_per_cluster: int = 32
-    scan: float = 0.3
+    scan: float = 0.6
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Run a compiled kernel on several threads, one share of the heads each.
 
-On torch's own OpenMP threads, if they can be found: after an operation they spin for milliseconds on
-the cores that threads of our own would need (measured: a scan on two cores took twice as long).
+On torch's own OpenMP threads, if they can be found: after an operation they spin for milliseconds
+on the cores that threads of our own would need (a scan on two cores took twice as long).
 """
 
 import ctypes

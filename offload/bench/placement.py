@@ -31,8 +31,9 @@ class Placement:
 def place(settings: BenchSettings, cell: Cell, *, has_device: bool) -> Placement:
     """Choose tiers for a cell.
 
-    Without a CUDA device the ``gpu`` tier is the host memory, and holds the share of it that the
-    cell gives. With one, it holds ``device_share``, and the host the rest or its own share.
+    Without a CUDA device all is host memory: the ``gpu`` tier holds everything, or a quarter of the
+    share that the cell gives and the ``cpu`` tier, where rows from the disk are kept, the others.
+    With one, it holds ``device_share``, and the host the rest or its own share.
     """
     if settings.capacity:
         return Placement(dict(settings.capacity))
@@ -43,8 +44,10 @@ def place(settings: BenchSettings, cell: Cell, *, has_device: bool) -> Placement
     if has_device:
         sizes["gpu"] = int(settings.device_share * kv_bytes)
         sizes["cpu"] = everything if limited is None else limited
+    elif limited is None:
+        sizes["gpu"] = everything
     else:
-        sizes["gpu"] = everything if limited is None else limited
+        sizes |= {"gpu": limited // 4, "cpu": limited - limited // 4}
     if limited is not None:
         sizes["disk"] = everything
     return Placement(sizes)
