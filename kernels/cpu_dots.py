@@ -12,6 +12,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from offload.kernels.cpu_intrinsics import call_llvm
+
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _LANES = ir.VectorType(_I32, 16)
 _BYTES = ir.VectorType(_I8, 64)
@@ -24,13 +26,13 @@ _HAS_DOT, _HAS_PAIRS = (
 """Whether one instruction adds products by fours (bytes), and by twos (words)."""
 
 
-def _make_dots(num_bits: int, num_queries: int, num_sums: int = 1) -> Any:
+def _make_dots(num_bits: int, num_queries: int) -> Any:
     """Return a kernel of the sums of small unsigned numbers times bytes, for 16 lanes.
 
     ``codes`` points to ``num_words`` words of 16 x 4 bytes, each byte ``8 / num_bits`` numbers;
-    ``factors`` to int8 ``[num_rows, num_columns, 4]``. Plane ``k`` of all planes is multiplied with
-    row ``k // num_sums``, products are added by fours, and to sum ``k % num_sums`` of each query,
-    16 int32 each, which lie ``step`` int32 apart from ``out`` on.
+    ``factors`` to int8 ``[num_words * 8 / num_bits, num_columns, 4]``. Plane ``k`` of word ``j`` is
+    multiplied with row ``j * 8 / num_bits + k``, products are added by fours, and over all rows to
+    16 int32 for each query, which lie ``step`` int32 apart from ``out`` on.
     """
     planes = 8 // num_bits
 
@@ -50,19 +52,18 @@ def _make_dots(num_bits: int, num_queries: int, num_sums: int = 1) -> Any:
             codes, factors, num_columns, num_words, out, step = arguments
             words = builder.inttoptr(codes, _BYTES.as_pointer())
             rows = builder.inttoptr(factors, _I32.as_pointer())
-            sums = [_Sum(builder) for _ in range(num_sums * num_queries)]
+            sums = [_Sum(builder) for _ in range(num_queries)]
             with cgutils.for_range(builder, num_words) as loop:
                 raw = builder.load(builder.gep(words, [loop.index]))
                 raw.align = 1
-                first = builder.mul(loop.index, _I64(planes // num_sums))
+                first = builder.mul(loop.index, _I64(planes))
                 for plane in range(planes):
                     numbers = _numbers(builder, raw, plane * num_bits, num_bits)
-                    row = builder.mul(builder.add(first, _I64(plane // num_sums)), num_columns)
+                    row = builder.mul(builder.add(first, _I64(plane)), num_columns)
                     for query in range(num_queries):
                         factor = builder.load(builder.gep(rows, [builder.add(row, _I64(query))]))
                         factor.align = 1
-                        total = sums[plane % num_sums * num_queries + query]
-                        total.add(numbers, _spread(builder, factor))
+                        sums[query].add(numbers, _spread(builder, factor))
             target = builder.inttoptr(out, _I32.as_pointer())
             for place, total in enumerate(sums):
                 own = builder.gep(target, [builder.mul(step, _I64(place))])
@@ -88,7 +89,7 @@ class _Sum:
         builder, before = self._builder, self._builder.load(self._place)
         if _HAS_DOT:
             name = "llvm.x86.avx512.vpdpbusd.512"
-            after = _call(builder, name, _LANES, before, numbers, factors)
+            after = call_llvm(builder, name, _LANES, before, numbers, factors)
         else:
             product = builder.mul(builder.zext(numbers, _WORDS), builder.sext(factors, _WORDS))
             after = builder.add(before, product)
@@ -219,7 +220,7 @@ def _make_row_dots(num_queries: int) -> Any:
             target = builder.inttoptr(out, _I32.as_pointer())
             for query, total in enumerate(sums):
                 name = "llvm.vector.reduce.add.v16i32"
-                product = _call(builder, name, _I32, builder.load(total))
+                product = call_llvm(builder, name, _I32, builder.load(total))
                 builder.store(product, builder.gep(target, [_I64(query)]))
             return context.get_dummy_value()
 
@@ -231,17 +232,12 @@ def _make_row_dots(num_queries: int) -> Any:
 def _multiply_pairs(builder: Any, left: Any, right: Any) -> Any:
     """Multiply 32 int16 and add neighbours, to 16 int32."""
     if _HAS_PAIRS:
-        return _call(builder, "llvm.x86.avx512.pmaddw.d.512", _LANES, left, right)
+        return call_llvm(builder, "llvm.x86.avx512.pmaddw.d.512", _LANES, left, right)
     wide = ir.VectorType(_I32, 32)
     product = builder.mul(builder.sext(left, wide), builder.sext(right, wide))
     orders = [ir.Constant(_LANES, [2 * lane + odd for lane in range(16)]) for odd in range(2)]
     empty = ir.Constant(wide, ir.Undefined)
     return builder.add(*(builder.shuffle_vector(product, empty, order) for order in orders))
-
-
-def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
 row_dots_4, row_dots_1 = _make_row_dots(4), _make_row_dots(1)

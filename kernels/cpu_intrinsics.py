@@ -14,6 +14,12 @@ from numba.extending import intrinsic
 _I8, _I16, _I32 = (ir.IntType(bits) for bits in (8, 16, 32))
 
 
+def call_llvm(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    """Call a function of LLVM's own while code is generated."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
 def _intrinsic(function: Any) -> Any:
     """Make an intrinsic, whose arguments are not those that type checkers see."""
     return intrinsic(function)
@@ -55,31 +61,21 @@ def prefetch(typing_context: Any, address: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], _I8.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
+        call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, _I32(0), _I32(3), _I32(1))
         return context.get_dummy_value()
 
     return types.void(types.intp), generate
 
 
-def _load_at(numba_type: Any) -> Any:
-    @_intrinsic
-    def load(typing_context: Any, address: Any, index: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            kind = context.get_value_type(numba_type)
-            pointer = builder.inttoptr(arguments[0], kind.as_pointer())
-            return builder.load(builder.gep(pointer, [arguments[1]]))
+@_intrinsic
+def load_u8(typing_context: Any, address: Any, index: Any) -> Any:
+    """Return byte ``index`` of the memory at an address."""
 
-        return numba_type(types.int64, types.int64), generate
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], _I8.as_pointer())
+        return builder.load(builder.gep(pointer, [arguments[1]]))
 
-    return load
-
-
-load_u8 = _load_at(types.uint8)
-load_u16 = _load_at(types.uint16)
-load_f32 = _load_at(types.float32)
-"""Element ``index`` of an array at an address."""
+    return types.uint8(types.int64, types.int64), generate
 
 
 @njit(inline="always")

@@ -11,6 +11,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from offload.kernels.cpu_intrinsics import call_llvm
+
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _FLOATS = ir.VectorType(_F32, 16)
 
@@ -124,7 +126,7 @@ def _load_row(builder: Any, kind: int, row: Any, step: Any) -> Any:
 
 
 def _add_product(builder: Any, total: Any, left: Any, right: Any) -> None:
-    after = _call(builder, "llvm.fma.v16f32", _FLOATS, left, right, builder.load(total))
+    after = call_llvm(builder, "llvm.fma.v16f32", _FLOATS, left, right, builder.load(total))
     builder.store(after, total)
 
 
@@ -162,11 +164,6 @@ def _repeat(builder: Any, number: Any) -> Any:
     single = builder.insert_element(empty, number, _I32(0))
     zero = ir.Constant(ir.VectorType(_I32, 16), [0] * 16)
     return builder.shuffle_vector(single, empty, zero)
-
-
-def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
 float_scores_4, float_scores_1 = _make_scores(FLOAT, 4), _make_scores(FLOAT, 1)

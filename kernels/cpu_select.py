@@ -4,16 +4,13 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from offload.kernels.cpu_intrinsics import as_bits
+from offload.kernels.cpu_intrinsics import sortable
 
 
 @njit(inline="always")
 def ordered(number: np.float32) -> np.uint32:
     """Return an unsigned number in the order of floats; zero is below all of them."""
-    bits = as_bits(number)
-    if bits >> np.uint32(31):
-        return ~bits
-    return bits | np.uint32(0x80000000)
+    return np.uint32(sortable(number)) ^ np.uint32(0x80000000)
 
 
 @njit(nogil=True, cache=True)

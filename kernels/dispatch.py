@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from offload.errors import ConfigError
 from offload.kernels import cpu, reference, rows
 from offload.kernels.scan import Combine, Scan, ScanTables
 from offload.kernels.scan import scan as reference_scan
@@ -82,6 +83,15 @@ def _has_triton(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def _require_triton(device: torch.device) -> None:
+    if not _has_triton(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ConfigError(
+            f"sparse policies on {device} need triton and a device of capability 8.0 or more; "
+            f"this one has {major}.{minor}"
+        )
+
+
 def scan(tables: ScanTables, query: Tensor, budget: int, group: Combine) -> Scan:
     """Find the best tokens and estimate the others; see ``kernels.scan`` for the contract.
 
@@ -103,8 +113,14 @@ def attend_rows(query: Tensor, addresses: Tensor, value_dim: int, dtype: torch.d
     """Attend to rows named by their addresses; see ``kernels.rows`` for the contract.
 
     On a CUDA device addresses are the device's own or unified ones. Thread-safe: no state.
+
+    Raises
+    ------
+    ConfigError
+        A CUDA device without triton: nothing else reads by address there.
     """
     if query.is_cuda:
+        _require_triton(query.device)
         triton_rows = importlib.import_module("offload.kernels.triton_rows")
         heads = query.to(dtype).flatten(0, 1)[None, :, None]
         found: Partial = triton_rows.attend_rows(heads, addresses[None], value_dim, scale=1.0)
@@ -131,6 +147,7 @@ def read_rows(addresses: Tensor, row_dim: int, dtype: torch.dtype) -> Tensor:
     Tensor, shape (num_heads, num_rows, row_dim), on the device of the addresses
     """
     if addresses.is_cuda:
+        _require_triton(addresses.device)
         triton_gather = importlib.import_module("offload.kernels.triton_gather")
         out = torch.zeros(addresses.numel(), row_dim, dtype=dtype, device=addresses.device)
         slots = torch.arange(addresses.numel(), device=addresses.device)

@@ -31,6 +31,20 @@ def attend_rows(
         zero and ``-inf``.
     """
     rows, have = read_rows(addresses, rows_per_address, query.shape[2] + value_dim, dtype)
+    return attend_to(query, rows, have)
+
+
+def attend_to(query: Tensor, rows: Tensor, have: Tensor) -> Partial:
+    """Attend to rows that were copied together.
+
+    Parameters
+    ----------
+    query : Tensor, shape (num_heads, num_queries, key_dim), float32
+        Scaled.
+    rows : Tensor, shape (num_heads, num_rows, key_dim + value_dim)
+    have : Tensor, bool [num_heads, num_rows]
+        Which of them there are.
+    """
     rows = rows.float()
     keys, values = rows[..., : query.shape[2]], rows[..., query.shape[2] :]
     logits = torch.bmm(query, keys.mT).masked_fill(~have.unsqueeze(1), -torch.inf)

@@ -12,6 +12,7 @@ from offload.exact import AttentionCall
 from offload.index.base import NO_TOKEN, Hits, KeyIndex
 from offload.kernels import dispatch
 from offload.kernels.reference import merge
+from offload.kernels.rows import attend_to
 from offload.sparse.break_even import BreakEven
 from offload.sparse.indexes import Holder, LayerIndexes
 from offload.sparse.plan import SparsePlan
@@ -275,8 +276,8 @@ class Retrieval:
         addresses = torch.from_numpy(found).to(query.device)
         if index.tail_takes_values and self.plan.has_tail:
             rows = dispatch.read_rows(addresses, layout.row_dim, layout.dtype).float()
-            keys, values = rows.split([layout.key_dim, layout.value_dim], -1)
-            read = _attend_rows(query, keys, values, addresses != 0)
+            values = rows[..., layout.key_dim :]
+            read = attend_to(query, rows, addresses != 0)
         else:
             values = query.new_empty(*addresses.shape, 0)
             read = dispatch.attend_rows(query, addresses, layout.value_dim, layout.dtype)
@@ -375,13 +376,6 @@ def _unread(likely: Ints, addresses: Ints) -> Ints:
     ids = likely.copy()
     ids[:, : addresses.shape[1]][addresses != 0] = NO_TOKEN
     return ids
-
-
-def _attend_rows(query: Tensor, keys: Tensor, values: Tensor, found: Tensor) -> Partial:
-    logits = torch.bmm(query, keys.mT).masked_fill(~found.unsqueeze(1), -torch.inf)
-    lse = logits.logsumexp(-1)
-    weights = (logits - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp()
-    return Partial(torch.bmm(weights, values), lse)
 
 
 def _is_plain(call: AttentionCall) -> bool:
