@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from offload.errors import ConfigError
 from offload.presets import PRESETS, Preset, customised
@@ -16,7 +16,8 @@ PROTOCOLS = {
 
 EXACT = "exact"
 
-_ERROR = "error="
+_OPTIONS = {"error": "error", "wait_us": "max_wait_us"}
+"""What may be written ``NAME=NUMBER`` after a policy, and what ``customised`` calls it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Contender:
 
 
 def find_contender(name: str, protocol: Protocol) -> Contender:
-    """Read ``POLICY`` or ``POLICY:BUDGET``, as in ``adaptive:0.004``, or ``POLICY:error=ERROR``.
+    """Read ``POLICY``, and after colons a budget, ``error=`` or ``wait_us=``: ``adaptive:0.004``.
 
     Parameters
     ----------
@@ -55,20 +56,29 @@ def find_contender(name: str, protocol: Protocol) -> Contender:
     Raises
     ------
     ConfigError
-        There is no such policy, or it takes no such budget or error.
+        There is no such policy, or it takes no such budget or option.
     """
-    policy, colon, text = name.partition(":")
+    policy, *texts = name.split(":")
     if policy not in PRESETS:
         raise ConfigError(f"unknown policy {policy!r}; known: {', '.join(PRESETS)}")
     preset = PRESETS[policy]
-    if colon and text.startswith(_ERROR):
-        preset = customised(policy, error=_read_number(name, text.removeprefix(_ERROR)))
-    elif colon:
-        preset = customised(policy, budget=_read_number(name, text))
+    options = dict(_read_option(name, text) for text in texts)
+    if options:
+        preset = customised(policy, **options)
     if preset.sparse is not None and protocol == "A":
         # A call with more queries than this is exact, and a question has more than one token.
         preset = replace(preset, sparse=replace(preset.sparse, max_queries=1))
     return Contender(name, preset, protocol == "A")
+
+
+def _read_option(name: str, text: str) -> tuple[str, Any]:
+    """Return what ``customised`` calls an option, and its value."""
+    key, equals, number = text.rpartition("=")
+    if not equals:
+        return "budget", _read_number(name, text)
+    if key not in _OPTIONS:
+        raise ConfigError(f"{name!r}: unknown option {key!r}; known: {', '.join(_OPTIONS)}")
+    return _OPTIONS[key], _read_number(name, number)
 
 
 def _read_number(name: str, text: str) -> float | int:

@@ -45,9 +45,15 @@ def test_contender_with_an_error_aims_at_it() -> None:
     assert found.preset == customised("adaptive", error=0.05)
 
 
+def test_contender_takes_a_budget_and_a_deadline() -> None:
+    found = find_contender("adaptive:0.02:wait_us=3000", "B")
+    assert found.preset == customised("adaptive", budget=0.02, max_wait_us=3000)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("adaptive:speed=2", "unknown option 'speed'; known: error, wait_us"),
         ("fast", "unknown policy 'fast'; known: exact, adaptive"),
         ("adaptive:", "is no number"),
         ("adaptive:some", "is no number"),
