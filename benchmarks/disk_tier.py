@@ -141,8 +141,9 @@ class Workload:
 
     def read_heads(self) -> None:
         """Read and verify one head of every record."""
-        heads = slice(_HEAD, _HEAD + 1)
-        self._stream(lambda s, i, out: self.tier.read_heads(s, i, heads, out), self.head_bytes)
+        each = self.tier.parts_per_head
+        parts = slice(_HEAD * each, (_HEAD + 1) * each)
+        self._stream(lambda s, i, out: self.tier.read_parts(s, i, parts, out), self.head_bytes)
 
     def _stream(
         self,

@@ -274,7 +274,8 @@ class Engine:
         if sparse is None or sparse.index is None:
             return None
         place = torch.device("cpu") if sparse.placement == "host" else self.device
-        return RowReader(self.store, place, self._row_memory)
+        tokens = self.config.preset.rows.piece_tokens
+        return RowReader(self.store, place, self._row_memory, tokens)
 
     def _build_tiers(self, sizes: WorkingSet, tail_bytes: int) -> list[Tier]:
         layout, capacities = self.layout, self.config.capacities

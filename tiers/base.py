@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -118,3 +119,33 @@ class Tier(ABC):
     @abstractmethod
     def close(self) -> None:
         """Wait for what is in flight, then give everything back. Idempotent."""
+
+
+@runtime_checkable
+class ReadsParts(Protocol):
+    """A tier of whose slots parts can be read: runs of tokens of single KV heads.
+
+    Attributes
+    ----------
+    part_bytes : int
+        Bytes of the smallest part that can be read and verified by itself.
+    parts_per_head : int
+    """
+
+    @property
+    def part_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def parts_per_head(self) -> int: ...  # noqa: D102
+
+    def read_parts(
+        self,
+        slots: Sequence[SlotId],
+        infos: Sequence[ChunkInfo],
+        parts: slice | Sequence[int],
+        out: Sequence[Tensor],
+        *,
+        num_parts: int = 1,
+        urgent: bool = True,
+    ) -> Transfer:
+        """Copy parts of slots into buffers; see ``DiskTier.read_parts``."""
+        ...

@@ -7,16 +7,18 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from offload.errors import CapacityError, ClosedError, ConfigError, CorruptChunk
 from offload.stats import BusyTime
+from offload.tiers.adopted import AdoptedFiles
 from offload.tiers.base import Tier
 from offload.tiers.io_engine import IoEngine, Job
 from offload.tiers.io_plan import Operation
 from offload.tiers.record import RecordFormat
-from offload.tiers.record_io import KnownHeaders, RecordIo, first_heads
+from offload.tiers.record_io import ChooseCodec, KnownHeaders, Place, RecordIo
+from offload.tiers.record_parts import Part, first_parts, plan_parts, read_parts
+from offload.tiers.requests import check_buffers, describe
 from offload.tiers.segment import SegmentTable, locate, slot_at
 from offload.tiers.segment_files import SegmentFiles
 from offload.tiers.syscalls import VectoredCall
@@ -52,6 +54,10 @@ class DiskTier(Tier):
         Size at which a stream goes on in a new segment file.
     deadline_s : float
         Longest wait for room in the I/O queue, and for transfers in flight at ``close``.
+    choose_codec : callable, optional
+        How each chunk is encoded when it is written. What is encoded is read in fewer bytes, and
+        takes as much of the capacity as if it were not, because only the file system knows how much
+        room it leaves. By default every chunk is raw.
     preadv, pwritev : callable
         The system calls; replaceable to see what a failing disk does.
 
@@ -73,6 +79,7 @@ class DiskTier(Tier):
         num_threads: int = 8,
         segment_bytes: int = 1 << 30,
         deadline_s: float = 60.0,
+        choose_codec: ChooseCodec | None = None,
         preadv: VectoredCall = os.preadv,
         pwritev: VectoredCall = os.pwritev,
     ) -> None:
@@ -81,18 +88,18 @@ class DiskTier(Tier):
         self.layout = layout
         self.slot_bytes = layout.slot_bytes
         self.record_bytes = fmt.record_bytes
-        self._head_bytes = fmt.head_bytes
+        self.part_bytes = fmt.unit_bytes
+        """Bytes of the smallest part that can be read and verified by itself."""
+        self.parts_per_head = fmt.units_per_head
         per_segment = max(1, segment_bytes // self.record_bytes)
         self._table = SegmentTable(capacity_bytes // self.record_bytes, per_segment)
         self._files = SegmentFiles(directory)
         self._calls = (preadv, pwritev)
         self._headers: KnownHeaders = {}
-        self._io = RecordIo(self._files, fmt, *self._calls, self._headers)
+        self._io = RecordIo(self._files, fmt, *self._calls, self._headers, choose_codec)
         self._lock = threading.Lock()
         self._written: set[SlotId] = set()
-        self._adopted_files: dict[Path, int] = {}
-        self._adopted_io: dict[int, RecordIo] = {}
-        self._suspects: list[tuple[Path, int]] = []
+        self._adopted = AdoptedFiles(self._files)
         self._closed = False
         self.reading = BusyTime()
         """Time during which at least one thread was reading."""
@@ -164,21 +171,19 @@ class DiskTier(Tier):
         """
         with self._lock:
             self._check_open()
-            number = self._adopted_files.get(path)
-            if number is None:
-                number = self._table.reserve_number()
-                self._adopted_files[path] = number
-                fmt = RecordFormat(self.layout, fingerprint)
-                io = RecordIo(self._files, fmt, *self._calls, self._headers)
-                self._adopted_io[number] = io
-                self._files.adopt(number, path)
+            fmt = RecordFormat(self.layout, fingerprint)
+            number = self._adopted.number_of(
+                path,
+                self._table.reserve_number,
+                lambda: RecordIo(self._files, fmt, *self._calls, self._headers),
+            )
             slots = [slot_at(number, index) for index in indexes]
             self._written.update(slots)
             return slots
 
     def is_own(self, slot: SlotId) -> bool:
         """Whether freeing a slot makes room, which that of an adopted record does not."""
-        return locate(slot)[0] not in self._adopted_io
+        return locate(slot)[0] not in self._adopted
 
     def place_of(self, slot: SlotId) -> tuple[Path, int, int]:
         """Return the file of a slot, and the offset and number of its record's bytes there."""
@@ -190,71 +195,84 @@ class DiskTier(Tier):
 
         A read joins neighbours, and the ones beside the damaged record are named as well.
         """
-        with self._lock:
-            suspects, self._suspects = self._suspects, []
-            return suspects
+        return self._adopted.take_suspects()
 
     def read(
         self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], out: Sequence[Tensor]
     ) -> Transfer:
         """Read and verify whole records; see ``Tier``."""
-        _check_buffers(slots, infos, out, self.slot_bytes)
+        check_buffers(slots, infos, out, self.slot_bytes)
         places = [locate(slot) for slot in slots]
         jobs: list[Job] = [
-            self._read_job(places, op.members, RecordIo.read, op, infos, out)
+            self._read_job(
+                [places[member] for member in op.members],
+                partial(_read_records, op, infos, out),
+            )
             for op in self._io.plan(places, self._engine.num_threads)
         ]
         return self._start_read("read", slots, infos, self.slot_bytes, jobs)
 
-    def read_heads(
+    def read_parts(
         self,
         slots: Sequence[SlotId],
         infos: Sequence[ChunkInfo],
-        heads: slice | Sequence[int],
+        parts: slice | Sequence[int],
         out: Sequence[Tensor],
         *,
+        num_parts: int = 1,
         urgent: bool = True,
     ) -> Transfer:
-        """Copy KV heads of slots into buffers, reading little else but the headers.
+        """Copy parts of slots into buffers, reading little else but the headers.
+
+        A part is a run of tokens of one KV head: a page where rows allow it, else the head. They
+        are counted from the first token of the first head on, ``parts_per_head`` of each.
 
         Parameters
         ----------
         slots, infos : sequences of equal length
-        heads : slice or sequence of int
-            Consecutive KV heads, the same of every slot; or one of each slot.
-        out : sequence of Tensor, uint8 [num_heads * head_bytes]
-            Bypasses the page cache if page-aligned and a head is a whole number of pages.
+        parts : slice or sequence of int
+            Consecutive parts, the same of every slot; or the first one of each slot.
+        out : sequence of Tensor, uint8
+            Of as many ``part_bytes`` as there are parts. Bypasses the page cache if page-aligned
+            and a part is a whole number of pages.
+        num_parts : int
+            Of each slot, where ``parts`` are the first ones.
         urgent : bool
             Read before everything that is not.
 
         Returns
         -------
         Transfer
-            Fails as that of ``read`` does. Only the heads that were read are verified, and of each
-            record the header once.
+            Fails as that of ``read`` does. Only what was read is verified, and of each record the
+            header once. Of records that are encoded, or were written with coarser checksums, more
+            is read than asked for.
 
         Raises
         ------
         ConfigError
-            ``heads`` names none, or one that there is not; or a buffer does not fit.
+            ``parts`` names none, or one that there is not; or a buffer does not fit.
         """
-        firsts, count = first_heads(heads, len(slots), self.layout.num_kv_heads)
-        num_bytes = count * self._head_bytes
-        _check_buffers(slots, infos, out, num_bytes)
-        places = [locate(slot) for slot in slots]
+        total = self.layout.num_kv_heads * self.parts_per_head
+        firsts, count = first_parts(parts, num_parts, len(slots), total)
+        num_bytes = count * self.part_bytes
+        check_buffers(slots, infos, out, num_bytes)
+        wanted = [
+            Part(locate(slot), *each) for slot, *each in zip(slots, infos, firsts, out, strict=True)
+        ]
         jobs: list[Job] = [
             self._read_job(
-                places, members, RecordIo.read_heads, places, members, infos, firsts, out
+                [part.place for part in job],
+                partial(read_parts, job),
             )
-            for members in self._io.plan_heads(places, num_bytes, self._engine.num_threads)
+            for job in plan_parts(wanted, num_bytes, self._engine.num_threads)
         ]
-        return self._start_read("read of heads", slots, infos, num_bytes, jobs, urgent=urgent)
+        return self._start_read("read of parts", slots, infos, num_bytes, jobs, urgent=urgent)
 
     def write(
         self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], src: Sequence[Tensor]
     ) -> Transfer:
         """Write whole records; see ``Tier``. A slot cannot be read until this is done."""
-        _check_buffers(slots, infos, src, self.slot_bytes)
+        check_buffers(slots, infos, src, self.slot_bytes)
         with self._lock:
             self._check_open()
             for slot in slots:
@@ -267,7 +285,7 @@ class DiskTier(Tier):
             for op in self._io.plan(places, self._engine.num_threads)
         ]
         return self._start(
-            _describe("write", infos), len(slots) * self.slot_bytes, jobs, urgent=False
+            describe("write", infos), len(slots) * self.slot_bytes, jobs, urgent=False
         )
 
     def check_integrity(self) -> None:
@@ -307,30 +325,12 @@ class DiskTier(Tier):
             raise ClosedError("the disk tier is closed")
 
     def _read_job(
-        self,
-        places: Sequence[tuple[int, int]],
-        members: Sequence[int],
-        read: Callable[..., None],
-        *args: object,
+        self, places: Sequence[Place], read: Callable[[RecordIo, memoryview], None]
     ) -> Job:
-        """Return a job that calls a method of the ``RecordIo`` for the members' segment."""
-        segment = places[members[0]][0]
-        adopted = self._adopted_io.get(segment)
-        if adopted is None:
-            return partial(read, self._io, *args)
-        path = self._files.path(segment)
-        suspects = [(path, places[member][1]) for member in members]
-        return partial(self._read_noting_suspects, partial(read, adopted, *args), suspects)
-
-    def _read_noting_suspects(
-        self, read: Job, suspects: Sequence[tuple[Path, int]], scratch: memoryview
-    ) -> None:
-        try:
-            read(scratch)
-        except CorruptChunk:
-            with self._lock:
-                self._suspects += suspects
-            raise
+        """Return a job that reads with the ``RecordIo`` of the places' segment."""
+        if places[0][0] in self._adopted:
+            return self._adopted.job(places, read)
+        return partial(read, self._io)
 
     def _write_and_publish(
         self,
@@ -356,7 +356,7 @@ class DiskTier(Tier):
         urgent: bool = True,
     ) -> Transfer:
         """Start a read, or hand out a failed one if a slot holds no record."""
-        what, num_bytes = _describe(verb, infos), len(slots) * bytes_each
+        what, num_bytes = describe(verb, infos), len(slots) * bytes_each
         with self._lock:
             self._check_open()
             missing = [slot for slot in slots if slot not in self._written]
@@ -377,24 +377,11 @@ class DiskTier(Tier):
         return FutureTransfer(what, num_bytes, futures, withdraw=self._engine.withdraw)
 
 
-def _describe(verb: str, infos: Sequence[ChunkInfo]) -> str:
-    if not infos:
-        return f"disk {verb} of nothing"
-    first = f"first of layer {infos[0].layer} from token {infos[0].first_token}"
-    return f"disk {verb} of {len(infos)} chunks, {first}"
-
-
-def _check_buffers(
-    slots: Sequence[SlotId], infos: Sequence[ChunkInfo], buffers: Sequence[Tensor], num_bytes: int
+def _read_records(
+    op: Operation,
+    infos: Sequence[ChunkInfo],
+    out: Sequence[Tensor],
+    io: RecordIo,
+    scratch: memoryview,
 ) -> None:
-    if not len(slots) == len(infos) == len(buffers):
-        raise ConfigError(
-            f"{len(slots)} slots, {len(infos)} infos and {len(buffers)} buffers do not match"
-        )
-    for buffer in buffers:
-        fits = buffer.dtype == torch.uint8 and buffer.shape == (num_bytes,)
-        if not fits or buffer.device.type != "cpu" or not buffer.is_contiguous():
-            raise ConfigError(
-                f"a disk transfer takes contiguous uint8 [{num_bytes}] tensors in host memory, "
-                f"not {buffer.dtype} {list(buffer.shape)} on {buffer.device}"
-            )
+    io.read(op, infos, out, scratch)

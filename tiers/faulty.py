@@ -10,7 +10,7 @@ from typing import Final, Protocol, runtime_checkable
 from torch import Tensor
 
 from offload.errors import ClosedError, ConfigError, StorageError
-from offload.tiers.base import Tier
+from offload.tiers.base import ReadsParts, Tier
 from offload.tiers.fault_dice import Damage, Draw, FaultDice
 from offload.tiers.faults import FaultCounts, FaultPlan
 from offload.tiers.late_transfer import LateTransfer
@@ -27,23 +27,6 @@ class HasRecords(Protocol):
 
     def place_of(self, slot: SlotId) -> tuple[Path, int, int]:
         """Return the file of a slot, and the offset and number of its record's bytes there."""
-        ...
-
-
-@runtime_checkable
-class HasHeads(Protocol):
-    """A tier of whose slots single heads can be read."""
-
-    def read_heads(
-        self,
-        slots: Sequence[SlotId],
-        infos: Sequence[ChunkInfo],
-        heads: slice | Sequence[int],
-        out: Sequence[Tensor],
-        *,
-        urgent: bool = True,
-    ) -> Transfer:
-        """Copy heads of slots into buffers; see ``DiskTier.read_heads``."""
         ...
 
 
@@ -141,28 +124,41 @@ class FaultyTier(Tier):
         what = self._describe("read", infos)
         return self._read(what, out, lambda: self.inner.read(slots, infos, out))
 
-    def read_heads(
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of the smallest part that can be read; see ``ReadsParts``."""
+        return self._inner_parts.part_bytes
+
+    @property
+    def parts_per_head(self) -> int:
+        """How many of them a KV head has."""
+        return self._inner_parts.parts_per_head
+
+    def read_parts(
         self,
         slots: Sequence[SlotId],
         infos: Sequence[ChunkInfo],
-        heads: slice | Sequence[int],
+        parts: slice | Sequence[int],
         out: Sequence[Tensor],
         *,
+        num_parts: int = 1,
         urgent: bool = True,
     ) -> Transfer:
-        """Read heads, perhaps late, perhaps not at all; see ``DiskTier.read_heads``.
+        """Read parts, perhaps late, perhaps not at all; see ``DiskTier.read_parts``.
 
         Raises
         ------
         ConfigError
-            The tier inside cannot read single heads.
+            The tier inside reads whole chunks only.
         """
-        inner = self.inner
-        if not isinstance(inner, HasHeads):
-            raise ConfigError(f"heads {heads}: the {self.name} tier reads whole chunks only")
-        what = self._describe("read of heads", infos)
+        inner = self._inner_parts
+        what = self._describe("read of parts", infos)
         return self._read(
-            what, out, lambda: inner.read_heads(slots, infos, heads, out, urgent=urgent)
+            what,
+            out,
+            lambda: inner.read_parts(
+                slots, infos, parts, out, num_parts=num_parts, urgent=urgent
+            ),
         )
 
     def write(
@@ -196,6 +192,12 @@ class FaultyTier(Tier):
         draw = self._dice.draw(what) if self.is_armed and out else _NO_FAULT
         transfer = begin() if draw.error is None else self._fail(what, out, draw.error)
         return LateTransfer(what, transfer, draw.late_s, self._closing)
+
+    @property
+    def _inner_parts(self) -> ReadsParts:
+        if not isinstance(self.inner, ReadsParts):
+            raise ConfigError(f"the {self.name} tier reads whole chunks only")
+        return self.inner
 
     def _forget(self, slots: Collection[SlotId]) -> None:
         self._damaged.difference_update(slots)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MAX_OP_BYTES = 4 << 20
 """More gains no bandwidth and keeps an urgent read waiting longer behind a write."""
@@ -110,7 +110,7 @@ def plan_io(
 
 
 def share_out(
-    places: Sequence[tuple[int, int]],
+    places: Sequence[tuple[int, Any]],
     num_threads: int,
     max_records: int,
     *,
@@ -120,7 +120,8 @@ def share_out(
 
     Parameters
     ----------
-    places : sequence of (segment, index)
+    places : sequence of (segment, where)
+        By what comes after the segment they are ordered.
     num_threads : int
         Shares stop growing once each thread has one, but not before ``min_records``.
     max_records, min_records : int

@@ -1,47 +1,31 @@
-"""The record format: how one chunk lies on disk. Pure functions, no I/O.
+"""What a record is: a chunk on disk, in units that are verified by themselves. Pure, no I/O.
 
-A record is one header page and the chunk's bytes, padded to whole pages. The header names the chunk
-and carries one checksum per KV head, so that one head can be read and verified without the others,
-and one over itself. ``docs/file-format.md`` has the byte offsets.
+A record is one header page (``record_header``) and the payload, padded to whole pages. The payload
+is a sequence of units: runs of tokens of one KV head, head by head, each with a checksum, so that
+one can be read and verified without the others. Raw units are the chunk's bytes, a page each where
+rows allow it; encoded ones are what a codec made of them. ``docs/file-format.md`` has the offsets.
 """
 
-import struct
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import xxhash
 
 from offload.errors import ConfigError, CorruptChunk
+from offload.tiers.codecs import Unit
 from offload.types import PAGE_BYTES, ChunkInfo, ChunkLayout
 
-MAGIC = b"KVRECORD"
-FORMAT_VERSION = 1
-CODEC_RAW = 0
 FINGERPRINT_BYTES = 16
+MAX_UNITS = 501
+"""Of a raw record: their checksums fill the header page."""
+MAX_CODED_UNITS = 334
+"""Of an encoded record: they have lengths, too."""
 
-_FIELDS = struct.Struct("<8sHBBIIIIIQQ16sQI")
-_FIELD_NAMES = (
-    "magic",
-    "format version",
-    "codec",
-    "dtype code",
-    "num_kv_heads",
-    "chunk_tokens",
-    "key_dim",
-    "value_dim",
-    "layer",
-    "first_token",
-    "chunk_id",
-    "model fingerprint",
-    "payload bytes",
-    "number of checksums",
-)
-_DIGEST = struct.Struct("<Q")
-_DIGESTS_OFFSET = 80
-_SELF_OFFSET = PAGE_BYTES - _DIGEST.size
-
-MAX_HEADS = (_SELF_OFFSET - _DIGESTS_OFFSET) // _DIGEST.size
-"""KV heads whose checksums fit into the header page."""
+_CODED_TOKENS = 64
+"""Tokens of an encoded unit, where a chunk is a multiple of that: few enough that reading a leaf of
+an index decodes little else, and enough for the groups of the codecs."""
 
 _DTYPE_CODES = {
     torch.float32: 1,
@@ -53,6 +37,7 @@ _DTYPE_CODES = {
     torch.int8: 7,
     torch.uint8: 8,
 }
+Starts = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -67,12 +52,20 @@ class RecordFormat:
 
     Attributes
     ----------
-    head_bytes : int
-        Payload bytes of one KV head.
+    dtype_code : int
+        Stands for the dtype in a header.
+    head_bytes, unit_bytes : int
+        Of one KV head, and of one unit of a raw record.
+    unit_tokens, units_per_head : int
+        Of a raw record.
+    coded_tokens : int
+        Tokens of a unit of an encoded record; 0 if this layout has too many for a header.
     payload_bytes : int
-        Payload bytes of all of them, without padding.
+        Of a raw record, without padding; no record has more.
     record_bytes : int
         The header page and a slot.
+    starts : sequence of int
+        Where the units of a raw record begin in its payload, and where the last one ends.
 
     Raises
     ------
@@ -84,15 +77,21 @@ class RecordFormat:
     layout: ChunkLayout
     fingerprint: bytes = b""
     # Kept, because every record that is read needs them.
+    dtype_code: int = field(init=False)
     head_bytes: int = field(init=False)
+    unit_bytes: int = field(init=False)
+    unit_tokens: int = field(init=False)
+    units_per_head: int = field(init=False)
+    coded_tokens: int = field(init=False)
     payload_bytes: int = field(init=False)
     record_bytes: int = field(init=False)
+    starts: Starts = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         layout = self.layout
-        if layout.num_kv_heads > MAX_HEADS:
+        if layout.num_kv_heads > MAX_UNITS:
             raise ConfigError(
-                f"a record holds at most {MAX_HEADS} KV heads, not {layout.num_kv_heads}"
+                f"a record holds at most {MAX_UNITS} KV heads, not {layout.num_kv_heads}"
             )
         if layout.dtype not in _DTYPE_CODES:
             raise ConfigError(f"chunks of dtype {layout.dtype} cannot be stored on disk")
@@ -101,193 +100,138 @@ class RecordFormat:
                 f"a model fingerprint has at most {FINGERPRINT_BYTES} bytes, "
                 f"not {len(self.fingerprint)}"
             )
-        object.__setattr__(self, "head_bytes", layout.chunk_bytes // layout.num_kv_heads)
-        object.__setattr__(self, "payload_bytes", layout.chunk_bytes)
-        object.__setattr__(self, "record_bytes", PAGE_BYTES + layout.slot_bytes)
+        tokens, row_bytes = _page_tokens(layout), layout.row_dim * layout.dtype.itemsize
+        num_units = layout.num_kv_heads * (layout.chunk_tokens // tokens)
+        derived = {
+            "dtype_code": _DTYPE_CODES[layout.dtype],
+            "head_bytes": layout.chunk_bytes // layout.num_kv_heads,
+            "unit_bytes": tokens * row_bytes,
+            "unit_tokens": tokens,
+            "units_per_head": layout.chunk_tokens // tokens,
+            "coded_tokens": _coded_tokens(layout),
+            "payload_bytes": layout.chunk_bytes,
+            "record_bytes": PAGE_BYTES + layout.slot_bytes,
+            "starts": even_starts(num_units, tokens * row_bytes),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    def unit(self, num_tokens: int) -> Unit:
+        """Return the shape of units of so many tokens."""
+        layout = self.layout
+        return Unit(num_tokens, layout.key_dim, layout.value_dim, layout.dtype)
 
 
-def digest_heads(payload: memoryview, head_bytes: int) -> tuple[int, ...]:
-    """Return the xxh3_64 of each KV head.
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a header says of one record.
+
+    Attributes
+    ----------
+    info : ChunkInfo
+    codec : int
+        0 is raw.
+    unit_tokens : int
+    checksums : array of int
+        The xxh3_64 of each unit as it is stored.
+    starts : sequence of int
+        Where each unit begins in the payload, and where the last one ends.
+    """
+
+    info: ChunkInfo
+    codec: int
+    unit_tokens: int
+    checksums: "array[int]"
+    starts: Starts
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all units."""
+        return self.starts[-1]
+
+
+def even_starts(num_units: int, unit_bytes: int) -> Starts:
+    """Return where units of one size begin, and where the last one ends."""
+    return range(0, num_units * unit_bytes + 1, unit_bytes)
+
+
+def raw_record(fmt: RecordFormat, info: ChunkInfo, payload: memoryview) -> Stored:
+    """Return what the header of a raw record says; ``payload`` is the whole chunk."""
+    checksums = array("Q", checksums_of(payload, fmt.starts))
+    return Stored(info, 0, fmt.unit_tokens, checksums, fmt.starts)
+
+
+def checksums_of(payload: memoryview, starts: Starts) -> list[int]:
+    """Return the xxh3_64 of each unit.
 
     Parameters
     ----------
     payload : memoryview
-        Bytes of one or more whole heads.
-    head_bytes : int
+        From the first of these units to the end of the last one.
+    starts : sequence of int
+        Of the units, and the end of the last one; counted from anywhere.
     """
-    digest = xxhash.xxh3_64_intdigest
-    starts = range(0, len(payload), head_bytes)
-    return tuple([digest(payload[start : start + head_bytes]) for start in starts])
-
-
-def pack_header(fmt: RecordFormat, info: ChunkInfo, digests: tuple[int, ...]) -> bytes:
-    """Return the header page of a record.
-
-    Parameters
-    ----------
-    fmt : RecordFormat
-    info : ChunkInfo
-    digests : tuple of int
-        One per KV head, from ``digest_heads``.
-
-    Returns
-    -------
-    bytes
-        ``PAGE_BYTES`` of them.
-    """
-    page = bytearray(PAGE_BYTES)
-    _FIELDS.pack_into(page, 0, *_fields(fmt, info))
-    struct.pack_into(f"<{len(digests)}Q", page, _DIGESTS_OFFSET, *digests)
-    own = xxhash.xxh3_64_intdigest(memoryview(page)[:_SELF_OFFSET])
-    _DIGEST.pack_into(page, _SELF_OFFSET, own)
-    return bytes(page)
-
-
-def parse_header(header: memoryview) -> tuple[RecordFormat, ChunkInfo, tuple[int, ...]]:
-    """Return what a header page says of itself, for a reader that does not know what to expect.
-
-    Returns
-    -------
-    fmt : RecordFormat
-    info : ChunkInfo
-    digests : tuple of int
-        Checksums of the KV heads.
-
-    Raises
-    ------
-    CorruptChunk
-        The page is damaged, or of a version, codec or dtype that this code does not know.
-    """
-    unknown = ChunkInfo(0, 0, 0)
-    found = _FIELDS.unpack_from(_check_page(header, unknown))
-    magic, version, codec, dtype, heads, tokens, key_dim, value_dim = found[:8]
-    layer, first_token, chunk_id, fingerprint, payload_bytes, num_digests = found[8:]
-    dtypes = {code: name for name, code in _DTYPE_CODES.items()}
-    if (magic, version, codec) != (MAGIC, FORMAT_VERSION, CODEC_RAW) or dtype not in dtypes:
-        raise CorruptChunk(
-            f"a record with magic {magic!r}, version {version}, codec {codec}, dtype {dtype}; "
-            f"this code reads {MAGIC!r}, version {FORMAT_VERSION}, codec {CODEC_RAW}"
-        )
-    if num_digests != heads or not 0 < heads <= MAX_HEADS or not tokens:
-        raise CorruptChunk(f"a record of {heads} KV heads with {num_digests} checksums")
-    fmt = RecordFormat(ChunkLayout(heads, tokens, key_dim, value_dim, dtypes[dtype]), fingerprint)
-    if payload_bytes != fmt.payload_bytes:
-        raise CorruptChunk(f"a record of {payload_bytes} bytes for {fmt.layout}")
-    digests = struct.unpack_from(f"<{heads}Q", header, _DIGESTS_OFFSET)
-    return fmt, ChunkInfo(chunk_id, layer, first_token), digests
-
-
-def check_header(header: memoryview, fmt: RecordFormat, info: ChunkInfo) -> tuple[int, ...]:
-    """Verify a header page and return the checksums of the KV heads.
-
-    Raises
-    ------
-    CorruptChunk
-        The page is damaged, or describes another chunk, model or format.
-    """
-    found = _FIELDS.unpack_from(_check_page(header, info))
-    expected = _fields(fmt, info)
-    if found != expected:
-        name, want, got = next(
-            field
-            for field in zip(_FIELD_NAMES, expected, found, strict=True)
-            if field[1] != field[2]
-        )
-        raise CorruptChunk(f"{_name(info)}: {name} should be {want!r}, the record has {got!r}")
-    return struct.unpack_from(f"<{fmt.layout.num_kv_heads}Q", header, _DIGESTS_OFFSET)
-
-
-def check_heads(
-    payload: memoryview,
-    fmt: RecordFormat,
-    info: ChunkInfo,
-    digests: tuple[int, ...],
-    first: int = 0,
-) -> None:
-    """Verify whole KV heads against the checksums of their record.
-
-    Parameters
-    ----------
-    payload : memoryview
-        Bytes of one or more whole heads, without padding.
-    fmt, info
-        As in ``check_header``; they name the chunk in the message.
-    digests : tuple of int
-        All checksums of the record, from ``check_header``.
-    first : int
-        The head that ``payload`` starts with.
-
-    Raises
-    ------
-    CorruptChunk
-        A head is not what was written.
-    """
-    found = digest_heads(payload, fmt.head_bytes)
-    expected = digests[first : first + len(found)]
-    if found == expected:
-        return
-    bad = [
-        first + i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]
+    digest, base = xxhash.xxh3_64_intdigest, starts[0]
+    ends = starts[1:]
+    return [
+        digest(payload[start - base : end - base])
+        for start, end in zip(starts[:-1], ends, strict=True)
     ]
-    raise CorruptChunk(
-        f"{_name(info)}: the checksum of {len(bad)} of {len(found)} KV heads is wrong, "
-        f"first of head {bad[0]}: {found[bad[0] - first]:016x}, "
-        f"the record says {digests[bad[0]]:016x}"
-    )
 
 
-def verify(header: memoryview, payload: memoryview, fmt: RecordFormat, info: ChunkInfo) -> None:
-    """Verify a whole record.
+def check_units(payload: memoryview, fmt: RecordFormat, stored: Stored, first: int = 0) -> None:
+    """Verify whole units against the checksums of their record.
 
     Parameters
     ----------
-    header : memoryview
-        The header page.
     payload : memoryview
-        ``slot_bytes`` bytes; the padding after the chunk means nothing and is not looked at.
+        Bytes of one or more whole units, as they are stored and without padding.
+    fmt : RecordFormat
+    stored : Stored
+    first : int
+        The unit that ``payload`` starts with.
 
     Raises
     ------
     CorruptChunk
-        The record is not what was written for ``info``.
+        A unit is not what was written.
     """
-    digests = check_header(header, fmt, info)
-    check_heads(payload[: fmt.payload_bytes], fmt, info, digests)
-
-
-def _check_page(header: memoryview, info: ChunkInfo) -> memoryview:
-    """Return the header page if its own checksum is right."""
-    if len(header) != PAGE_BYTES:
-        raise CorruptChunk(f"{_name(info)}: header has {len(header)} bytes, not {PAGE_BYTES}")
-    [stored] = _DIGEST.unpack_from(header, _SELF_OFFSET)
-    own = xxhash.xxh3_64_intdigest(header[:_SELF_OFFSET])
-    if own != stored:
-        raise CorruptChunk(
-            f"{_name(info)}: header checksum is {own:016x}, the record says {stored:016x} "
-            f"(magic {bytes(header[: len(MAGIC)])!r})"
-        )
-    return header
-
-
-def _fields(fmt: RecordFormat, info: ChunkInfo) -> tuple[bytes | int, ...]:
-    layout = fmt.layout
-    return (
-        MAGIC,
-        FORMAT_VERSION,
-        CODEC_RAW,
-        _DTYPE_CODES[layout.dtype],
-        layout.num_kv_heads,
-        layout.chunk_tokens,
-        layout.key_dim,
-        layout.value_dim,
-        info.layer,
-        info.first_token,
-        info.chunk_id,
-        fmt.fingerprint.ljust(FINGERPRINT_BYTES, b"\0"),
-        fmt.payload_bytes,
-        layout.num_kv_heads,
+    starts, end = stored.starts, stored.starts[first] + len(payload)
+    last = first
+    while starts[last] < end:
+        last += 1
+    assert starts[last] == end, "not whole units"
+    found = checksums_of(payload, starts[first : last + 1])
+    expected = stored.checksums[first:last]
+    if found == expected.tolist():
+        return
+    pairs = enumerate(zip(found, expected, strict=True), first)
+    bad = [unit for unit, (ours, theirs) in pairs if ours != theirs]
+    head, place = divmod(bad[0] * stored.unit_tokens, fmt.layout.chunk_tokens)
+    raise CorruptChunk(
+        f"{name_of(stored.info)}: the checksum of {len(bad)} of {len(found)} units is wrong, "
+        f"first of head {head} from token {place} of the chunk: {found[bad[0] - first]:016x}, "
+        f"the record says {stored.checksums[bad[0]]:016x}"
     )
 
 
-def _name(info: ChunkInfo) -> str:
+def name_of(info: ChunkInfo) -> str:
+    """Return how messages name a chunk."""
     return f"chunk {info.chunk_id} (layer {info.layer}, token {info.first_token})"
+
+
+def _page_tokens(layout: ChunkLayout) -> int:
+    """Return the fewest tokens of a head that are whole pages; if there are none, all of them."""
+    row_bytes = layout.row_dim * layout.dtype.itemsize
+    for tokens in range(1, layout.chunk_tokens):
+        is_whole = tokens * row_bytes % PAGE_BYTES == 0 and layout.chunk_tokens % tokens == 0
+        if is_whole and layout.num_kv_heads * layout.chunk_tokens <= tokens * MAX_UNITS:
+            return tokens
+    return layout.chunk_tokens
+
+
+def _coded_tokens(layout: ChunkLayout) -> int:
+    tokens = _CODED_TOKENS if layout.chunk_tokens % _CODED_TOKENS == 0 else layout.chunk_tokens
+    if layout.num_kv_heads * layout.chunk_tokens > tokens * MAX_CODED_UNITS:
+        tokens = layout.chunk_tokens
+    return tokens if layout.num_kv_heads <= MAX_CODED_UNITS else 0

@@ -28,7 +28,8 @@ from offload.sessions.new_file import new_file
 from offload.sessions.opening import open_session
 from offload.sessions.root import Root
 from offload.tiers.codec import LEVEL, gains, shuffle
-from offload.tiers.record import RecordFormat, digest_heads, pack_header
+from offload.tiers.record import RecordFormat, raw_record
+from offload.tiers.record_header import pack_header
 from offload.types import ChunkInfo
 
 
@@ -138,7 +139,7 @@ class _Archive:
         """Write a record, as planes if that is worth it."""
         values, size = payload.numpy(), fmt.layout.dtype.itemsize
         is_shuffled = gains(values, size)
-        header = pack_header(fmt, info, digest_heads(values.data, fmt.head_bytes))
+        header = pack_header(fmt, raw_record(fmt, info, values.data))
         num_bytes = len(header) + fmt.payload_bytes
         self._writer.write(member_header(record_names(number)[is_shuffled], num_bytes))
         self._writer.write(header)

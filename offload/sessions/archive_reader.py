@@ -23,7 +23,8 @@ from offload.sessions.archive_stream import ArchiveStream
 from offload.sessions.keys import record_id
 from offload.sessions.session_file import SessionFile
 from offload.tiers.codec import unshuffle
-from offload.tiers.record import RecordFormat, check_header, check_heads
+from offload.tiers.record import RecordFormat
+from offload.tiers.record_header import verify
 from offload.tiers.transfer import CompletedTransfer, Transfer
 from offload.types import PAGE_BYTES, ChunkInfo
 
@@ -147,8 +148,7 @@ class ArchiveReader:
         key, position = self._blocks[block]
         first_token = position * self._fmt.layout.chunk_tokens
         info = ChunkInfo(record_id(key), self._layers[layer], first_token)
-        digests = check_header(page.data, self._fmt, info)
-        check_heads(out.data, self._fmt, info, digests)
+        verify(page.data, out.data, self._fmt, info)
 
     def _read_member(self, name: str, num_bytes: int) -> bytearray:
         self._check_header((name,), num_bytes)

@@ -7,7 +7,7 @@ import numpy as np
 
 from offload.errors import TransferTimeout
 from offload.sparse.row_keys import Ints, RowKeys, Rows
-from offload.sparse.row_reads import HeadReads, Landing
+from offload.sparse.row_reads import Landing, PieceReads
 from offload.stats import Counters
 
 Found = list[tuple[Ints, Rows]]
@@ -22,14 +22,14 @@ class Demand:
 
     Parameters
     ----------
-    reads : HeadReads
+    reads : PieceReads
     names : RowKeys
     keys : ndarray, int64 [n]
         The best first. Their chunks are on the disk.
     counters : Counters
     """
 
-    def __init__(self, reads: HeadReads, names: RowKeys, keys: Ints, counters: Counters) -> None:
+    def __init__(self, reads: PieceReads, names: RowKeys, keys: Ints, counters: Counters) -> None:
         self._reads = reads
         self._counters = counters
         self._missing = names.by_piece(keys)

@@ -1,10 +1,10 @@
 """How rows are named.
 
-A head of a chunk is what the disk reads and verifies by itself: a *piece*. A row in it, one token,
-has a *key*::
+A row, one token of one head of a chunk, has a *key*; a run of rows that is read from the disk
+together is a *piece*, a head of a chunk or an even part of one::
 
-    piece = chunk * num_kv_heads + head
-    key = piece * chunk_tokens + token
+    key = (chunk * num_kv_heads + head) * chunk_tokens + token
+    piece = key // piece_tokens
 """
 
 from dataclasses import dataclass
@@ -25,16 +25,21 @@ class RowKeys:
     Attributes
     ----------
     num_kv_heads, chunk_tokens, row_bytes : int
+    piece_tokens : int
+        Divides ``chunk_tokens``.
     """
 
     num_kv_heads: int
     chunk_tokens: int
     row_bytes: int
+    piece_tokens: int
 
     @classmethod
-    def of(cls, layout: ChunkLayout) -> "RowKeys":
-        """Return the names for chunks of a layout."""
-        return cls(layout.num_kv_heads, layout.chunk_tokens, layout.row_dim * layout.dtype.itemsize)
+    def of(cls, layout: ChunkLayout, piece_tokens: int | None = None) -> "RowKeys":
+        """Return the names for chunks of a layout; a piece is a head unless said otherwise."""
+        row_bytes = layout.row_dim * layout.dtype.itemsize
+        tokens = layout.chunk_tokens
+        return cls(layout.num_kv_heads, tokens, row_bytes, piece_tokens or tokens)
 
     @property
     def per_chunk(self) -> int:
@@ -42,9 +47,14 @@ class RowKeys:
         return self.num_kv_heads * self.chunk_tokens
 
     @property
-    def head_bytes(self) -> int:
+    def piece_bytes(self) -> int:
         """Bytes of a piece."""
-        return self.chunk_tokens * self.row_bytes
+        return self.piece_tokens * self.row_bytes
+
+    @property
+    def pieces_per_chunk(self) -> int:
+        """Pieces of all heads of a chunk."""
+        return self.per_chunk // self.piece_tokens
 
     def keys(self, chunks: Ints, heads: Ints, tokens: Ints) -> Ints:
         """Return the keys of rows, given by arrays of one shape."""
@@ -52,12 +62,12 @@ class RowKeys:
 
     def pieces(self, keys: Ints) -> Ints:
         """Return the piece of each key."""
-        return keys // self.chunk_tokens
+        return keys // self.piece_tokens
 
-    def chunk_and_head(self, piece: int) -> tuple[ChunkId, int]:
-        """Return what a piece is a head of."""
-        chunk, head = divmod(piece, self.num_kv_heads)
-        return ChunkId(chunk), head
+    def chunk_and_place(self, piece: int) -> tuple[ChunkId, int]:
+        """Return the chunk of a piece, and which of its pieces it is."""
+        chunk, place = divmod(piece, self.pieces_per_chunk)
+        return ChunkId(chunk), place
 
     def by_piece(self, keys: Ints) -> dict[int, Ints]:
         """Divide keys by piece; pieces in the order of their first keys."""

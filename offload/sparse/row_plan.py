@@ -15,10 +15,14 @@ class RowPlan:
     line_share : float
         From 0 to 1: share of the host's capacity, after buffers, that holds single rows of chunks
         on the disk; the rest holds whole chunks.
+    piece_tokens : int or None
+        Tokens of a head that are read together, as near as pages of the disk and the length of a
+        chunk allow; None: all of a chunk.
     """
 
     max_wait_us: float | None = None
     line_share: float = 0.75
+    piece_tokens: int | None = None
 
     @property
     def max_wait_s(self) -> float | None:
@@ -33,7 +37,7 @@ class RowMemory:
     Attributes
     ----------
     staging_bytes : int
-        Heads of chunks on their way from the disk; one at least, where there is a disk.
+        Pieces of chunks on their way from the disk; one at least, where there is a disk.
     line_bytes : int
         Rows that were read, and their books.
     """

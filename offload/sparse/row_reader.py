@@ -11,8 +11,9 @@ from offload.sparse.row_demand import Demand, Found, addresses_among
 from offload.sparse.row_keys import Ints, RowKeys
 from offload.sparse.row_places import ChunkPlaces, RowChunks, RowKey
 from offload.sparse.row_plan import RowMemory
-from offload.sparse.row_reads import HeadReads
+from offload.sparse.row_reads import PieceReads
 from offload.store import ChunkStore
+from offload.tiers.base import ReadsParts
 from offload.tiers.pinned import PinnedRegion
 from offload.tiers.pool import page_aligned
 from offload.types import ChunkId
@@ -25,7 +26,7 @@ class RowReader:
 
     A row of a chunk in memory is read in place, from the tier's pool or the write buffer. Of chunks
     that lie on the disk only, single rows are kept in a cache of lines; what is not there is read,
-    a head of a chunk at a time, the best first, and not longer waited for than the caller wants.
+    a piece of a head at a time, the best first, and not longer waited for than the caller wants.
     What arrives later is in the cache for the next call.
 
     Only the thread that holds the engine's lock calls methods. Reads run on the threads of the disk
@@ -39,18 +40,26 @@ class RowReader:
         Where addresses will be read: on a CPU, or on a CUDA device by its unified addresses.
     memory : RowMemory
         Of the host, counted by the caller.
+    piece_tokens : int, optional
+        Tokens of a head that are read together; see ``RowPlan``.
     """
 
-    def __init__(self, store: ChunkStore, device: torch.device, memory: RowMemory) -> None:
+    def __init__(
+        self,
+        store: ChunkStore,
+        device: torch.device,
+        memory: RowMemory,
+        piece_tokens: int | None = None,
+    ) -> None:
         self._store = store
-        self._names = RowKeys.of(store.layout)
+        self._names = RowKeys.of(store.layout, _whole_parts(store, piece_tokens))
         self._places = ChunkPlaces(store, device)
         self._memory = page_aligned(memory.num_bytes)
         self._pinned = PinnedRegion(self._memory) if device.type == "cuda" else None
         if self._pinned is not None and memory.num_bytes:
             self._pinned.lock(0, memory.num_bytes)
         staging = self._memory[: memory.staging_bytes]
-        self._reads = HeadReads(store, staging, is_pinned=self._pinned is not None)
+        self._reads = PieceReads(store, staging, self._names, is_pinned=self._pinned is not None)
         self._lines = self._make_lines(self._memory[memory.staging_bytes :])
         self._fresh: Found = []
         self._dead: list[ChunkId] = []
@@ -67,7 +76,7 @@ class RowReader:
 
     @property
     def num_flying(self) -> int:
-        """Heads of chunks that are being read, or were and are not taken yet."""
+        """Pieces that are being read, or were and are not taken yet."""
         return self._reads.num_flying
 
     def locate(
@@ -156,7 +165,7 @@ class RowReader:
         Returns
         -------
         int
-            Heads of chunks whose read has begun.
+            Pieces whose read has begun.
         """
         self._dead += self._places.refresh()
         row = self._places.row(layer, row_key, version, chunks)
@@ -167,7 +176,7 @@ class RowReader:
         wanted = [
             (piece, part)
             for piece, part in self._names.by_piece(keys).items()
-            if not (self._places.is_foreign(self._names.chunk_and_head(piece)[0]))
+            if not (self._places.is_foreign(self._names.chunk_and_place(piece)[0]))
             and not self._reads.join(piece, part)
         ]
         wanted = wanted[: self._reads.room(is_urgent=False)]
@@ -263,3 +272,13 @@ class RowReader:
         num_lines = lines_that_fit(memory.numel(), self._names.row_bytes)
         rows = memory[: num_lines * self._names.row_bytes].numpy()
         return LineCache(rows.reshape(num_lines, self._names.row_bytes))
+
+
+def _whole_parts(store: ChunkStore, piece_tokens: int | None) -> int:
+    """Return the fewest tokens, at least so many, that are whole parts and divide a chunk."""
+    tokens, tier = store.layout.chunk_tokens, store.tiers[-1]
+    if piece_tokens is None or not isinstance(tier, ReadsParts):
+        return tokens
+    part = tokens // tier.parts_per_head
+    fitting = (n for n in range(part, tokens, part) if n >= piece_tokens and tokens % n == 0)
+    return next(fitting, tokens)

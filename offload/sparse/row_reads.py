@@ -1,8 +1,7 @@
-"""Heads of chunks on their way from the disk, and the rows that are wanted of them."""
+"""Pieces of chunks on their way from the disk, and the rows that are wanted of them."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,29 +10,13 @@ from torch import Tensor
 from offload.errors import OffloadError, TransferTimeout
 from offload.sparse.row_keys import Ints, RowKeys, Rows
 from offload.store import ChunkStore
+from offload.tiers.base import ReadsParts
 from offload.tiers.transfer import Transfer
-from offload.types import ChunkId, ChunkInfo, SlotId, round_up
+from offload.types import ChunkId, round_up
 
-_FLIGHT_HEADS = 32
-"""Heads of one transfer: few, so that the first ones can be used while the last ones are read; but
+_FLIGHT_PIECES = 32
+"""Of one transfer: few, so that the first ones can be used while the last ones are read; but
 four for each of eight threads, which fewer would not keep busy."""
-
-
-@runtime_checkable
-class ReadsHeads(Protocol):
-    """A disk tier: reads single heads of its slots."""
-
-    def read_heads(
-        self,
-        slots: Sequence[SlotId],
-        infos: Sequence[ChunkInfo],
-        heads: slice | Sequence[int],
-        out: Sequence[Tensor],
-        *,
-        urgent: bool = True,
-    ) -> Transfer:
-        """Copy heads of slots into buffers; see ``DiskTier.read_heads``."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +53,7 @@ class _Flight:
     is_urgent: bool
 
 
-class HeadReads:
+class PieceReads:
     """Reads under way, into a fixed number of staging buffers.
 
     The chunks of a read are protected until it is taken with ``landed``. Only the thread that holds
@@ -80,23 +63,26 @@ class HeadReads:
     ----------
     store : ChunkStore
     staging : Tensor, uint8 [num_bytes]
-        Page-aligned host memory. A buffer is one head of a chunk, in whole pages.
+        Page-aligned host memory. A buffer is one piece, in whole pages.
+    keys : RowKeys
     is_pinned : bool
         Page-lock the copies of rows that are handed out.
     """
 
-    def __init__(self, store: ChunkStore, staging: Tensor, *, is_pinned: bool = False) -> None:
+    def __init__(
+        self, store: ChunkStore, staging: Tensor, keys: RowKeys, *, is_pinned: bool = False
+    ) -> None:
         self._store = store
-        self._keys = keys = RowKeys.of(store.layout)
+        self._keys = keys
         self._is_pinned = is_pinned
-        stride = round_up(keys.head_bytes)
+        stride = round_up(keys.piece_bytes)
         self.num_buffers = staging.numel() // stride
         self._buffers = [
-            staging[i * stride : i * stride + keys.head_bytes] for i in range(self.num_buffers)
+            staging[i * stride : i * stride + keys.piece_bytes] for i in range(self.num_buffers)
         ]
         self._staged = np.lib.stride_tricks.as_strided(
             staging.numpy(),
-            (self.num_buffers, keys.chunk_tokens, keys.row_bytes),
+            (self.num_buffers, keys.piece_tokens, keys.row_bytes),
             (stride, keys.row_bytes, 1),
         )
         self._free = list(range(self.num_buffers))
@@ -137,8 +123,8 @@ class HeadReads:
         OffloadError
             A read could not begin; those before it go on.
         """
-        for first in range(0, len(wanted), _FLIGHT_HEADS):
-            part = sorted(wanted[first : first + _FLIGHT_HEADS], key=lambda pair: pair[0])
+        for first in range(0, len(wanted), _FLIGHT_PIECES):
+            part = sorted(wanted[first : first + _FLIGHT_PIECES], key=lambda pair: pair[0])
             self._start_flight([piece for piece, _ in part], [keys for _, keys in part], is_urgent)
 
     def landed(self) -> Iterator[Landing]:
@@ -169,22 +155,24 @@ class HeadReads:
 
     def _start_flight(self, pieces: list[int], wanted: list[Ints], is_urgent: bool) -> None:
         tier, disk = self._store.tiers[-1], len(self._store.tiers) - 1
-        assert isinstance(tier, ReadsHeads)
+        assert isinstance(tier, ReadsParts)
         buffers = self._free[-len(pieces) :]
         assert len(buffers) == len(pieces), "more pieces than buffers"
-        chunks, heads = zip(*map(self._keys.chunk_and_head, pieces), strict=True)
+        chunks, places = zip(*map(self._keys.chunk_and_place, pieces), strict=True)
+        num_parts = self._keys.piece_bytes // tier.part_bytes
         entries = [self._store.table[chunk] for chunk in chunks]
-        transfer = tier.read_heads(
+        transfer = tier.read_parts(
             [entry.slots[disk] for entry in entries],
             [entry.info for entry in entries],
-            heads,
+            [place * num_parts for place in places],
             [self._buffers[buffer] for buffer in buffers],
+            num_parts=num_parts,
             urgent=is_urgent,
         )
         del self._free[-len(pieces) :]
         self._store.table.protect(chunks)
-        places = np.array(pieces), np.array(buffers)
-        flight = _Flight(*places, list(chunks), wanted, transfer, is_urgent)
+        where = np.array(pieces), np.array(buffers)
+        flight = _Flight(*where, list(chunks), wanted, transfer, is_urgent)
         self._flights.append(flight)
         self._flight_of |= dict.fromkeys(pieces, flight)
 
@@ -208,7 +196,7 @@ class HeadReads:
     def _copy(self, flight: _Flight, keys: Ints) -> Rows:
         """Copy rows out of staging, ``uint8 [len(keys), row_bytes]``."""
         buffers = flight.buffers[np.searchsorted(flight.pieces, self._keys.pieces(keys))]
-        staged: Rows = self._staged[buffers, keys % self._keys.chunk_tokens]
+        staged: Rows = self._staged[buffers, keys % self._keys.piece_tokens]
         if not self._is_pinned:
             return staged
         rows: Rows = torch.empty(staged.shape, dtype=torch.uint8, pin_memory=True).numpy()

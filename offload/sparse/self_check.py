@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offload.store import ChunkStore
-from offload.tiers.disk import DiskTier
+from offload.tiers.base import ReadsParts
 from offload.tiers.memory import MemoryTier
 from offload.tiers.pool import as_chunk, page_aligned
 from offload.types import ChunkId, Partial
@@ -164,11 +164,12 @@ class SelfCheck:
                 on_disk.append((entry, row))
         if on_disk:
             tier = self._store.tiers[disk]
-            assert isinstance(tier, DiskTier)
-            tier.read_heads(
+            assert isinstance(tier, ReadsParts)
+            each = tier.parts_per_head
+            tier.read_parts(
                 [entry.slots[disk] for entry, _ in on_disk],
                 [entry.info for entry, _ in on_disk],
-                slice(head, head + 1),
+                slice(head * each, (head + 1) * each),
                 [row for _, row in on_disk],
             ).wait(self._store.deadline_s)
         return memory.view(layout.dtype).view(-1, layout.row_dim)

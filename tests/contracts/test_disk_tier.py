@@ -112,19 +112,19 @@ class TestDiskTier(TierContract):
         [ChunkLayout(4, 16, 64, 64, torch.bfloat16), ChunkLayout(4, 5, 7, 9, torch.float32)],
         ids=["whole_pages", "odd_bytes"],
     )
-    def test_read_heads_returns_only_those_heads(self, layout: ChunkLayout, heads: slice) -> None:
+    def test_read_of_heads_returns_only_those_heads(self, layout: ChunkLayout, heads: slice) -> None:
         tier = self.make_tier(4, layout)
         source, slots = make_buffers(2, layout, seed=5), tier.allocate(2)
         tier.write(slots, make_infos(2), source).wait(WAIT_S)
         chunks = [row[: layout.chunk_bytes].view(4, -1)[heads] for row in source]
         out = [torch.zeros(chunk.numel(), dtype=torch.uint8) for chunk in chunks]
-        transfer = tier.read_heads(slots, make_infos(2), heads, out)
+        transfer = tier.read_parts(slots, make_infos(2), _parts(tier, heads), out)
         transfer.wait(WAIT_S)
         assert transfer.num_bytes == sum(chunk.numel() for chunk in chunks)
         assert all(torch.equal(a, b.flatten()) for a, b in zip(out, chunks, strict=True))
         tier.close()
 
-    def test_read_heads_of_one_head_per_slot_returns_each(self) -> None:
+    def test_read_of_heads_of_one_head_per_slot_returns_each(self) -> None:
         layout = ChunkLayout(4, 16, 64, 64, torch.bfloat16)
         tier = self.make_tier(4, layout)
         source, slots = make_buffers(3, layout, seed=5), tier.allocate(3)
@@ -132,8 +132,14 @@ class TestDiskTier(TierContract):
         order, heads = [2, 0, 2, 1], [3, 0, 1, 2]
         infos = make_infos(3)
         out = [torch.zeros(layout.chunk_bytes // 4, dtype=torch.uint8) for _ in order]
-        tier.read_heads(
-            [slots[i] for i in order], [infos[i] for i in order], heads, out, urgent=False
+        each = tier.parts_per_head
+        tier.read_parts(
+            [slots[i] for i in order],
+            [infos[i] for i in order],
+            [head * each for head in heads],
+            out,
+            num_parts=each,
+            urgent=False,
         ).wait(WAIT_S)
         for i, head, found in zip(order, heads, out, strict=True):
             assert torch.equal(found, source[i][: layout.chunk_bytes].view(4, -1)[head])
@@ -148,24 +154,24 @@ class TestDiskTier(TierContract):
         for seed in (5, 6):
             source = make_buffers(1, layout, seed=seed)
             tier.write(slots, infos, source).wait(WAIT_S)
-            tier.read_heads(slots, infos, [1], out).wait(WAIT_S)
+            tier.read_parts(slots, infos, _parts(tier, slice(1, 2)), out).wait(WAIT_S)
             assert torch.equal(out[0], source[0][: layout.chunk_bytes].view(4, -1)[1])
         tier.free(slots)
         assert not tier._headers
         tier.close()
 
-    @pytest.mark.parametrize("heads", [[0], [0, 4], [0, -1], [0, 1, 2]])
-    def test_read_heads_that_are_not_one_per_slot_is_refused(self, heads: list[int]) -> None:
+    @pytest.mark.parametrize("parts", [[0], [0, 4], [0, -1], [0, 1, 2]])
+    def test_read_of_parts_that_are_not_one_per_slot_is_refused(self, parts: list[int]) -> None:
         tier = self.make_tier(4, ChunkLayout(4, 16, 64, 64, torch.bfloat16))
-        with pytest.raises(ConfigError, match="one of 4 heads for 2 slots"):
-            tier.read_heads(tier.allocate(2), make_infos(2), heads, [])
+        with pytest.raises(ConfigError, match="1 of 4 parts for each of 2 slots"):
+            tier.read_parts(tier.allocate(2), make_infos(2), parts, [])
         tier.close()
 
-    @pytest.mark.parametrize("heads", [slice(1, 1), slice(0, 2, 2), slice(2, 0, -1)])
-    def test_read_heads_that_are_not_consecutive_is_refused(self, heads: slice) -> None:
+    @pytest.mark.parametrize("parts", [slice(1, 1), slice(0, 2, 2), slice(2, 0, -1)])
+    def test_read_of_parts_that_are_not_consecutive_is_refused(self, parts: slice) -> None:
         tier = self.make_tier(4, WHOLE_PAGES)
         with pytest.raises(ConfigError, match="consecutive"):
-            tier.read_heads([], [], heads, [])
+            tier.read_parts([], [], parts, [])
         tier.close()
 
     @pytest.mark.parametrize("state", ["never_written", "freed", "foreign"])
@@ -240,3 +246,9 @@ class TestDiskTier(TierContract):
         (tmp_path / "file").write_text("")
         with pytest.raises(ConfigError, match=str(tmp_path / "file")):
             make_disk_tier(tmp_path / "file", 8, WHOLE_PAGES)
+
+
+def _parts(tier: DiskTier, heads: slice) -> slice:
+    """Return the parts of consecutive heads."""
+    first, stop, _ = heads.indices(tier.layout.num_kv_heads)
+    return slice(first * tier.parts_per_head, stop * tier.parts_per_head)

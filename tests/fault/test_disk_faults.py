@@ -202,10 +202,11 @@ def test_flipped_byte_in_one_head_leaves_the_other_heads_readable(directory: Pat
         slots, infos, source = write_records(tier, 1)
         [file] = directory.iterdir()
         _flip(file, PAGE_BYTES + 5)
+        each = tier.parts_per_head
         out = torch.zeros(head_bytes, dtype=torch.uint8)
         with pytest.raises(CorruptChunk, match="first of head 0"):
-            tier.read_heads(slots, infos, slice(0, 1), [out]).wait(WAIT_S)
-        tier.read_heads(slots, infos, slice(1, 2), [out]).wait(WAIT_S)
+            tier.read_parts(slots, infos, [0], [out], num_parts=each).wait(WAIT_S)
+        tier.read_parts(slots, infos, [each], [out], num_parts=each).wait(WAIT_S)
         assert torch.equal(out, source[0][head_bytes : 2 * head_bytes])
 
 

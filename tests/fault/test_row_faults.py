@@ -70,7 +70,7 @@ def test_hung_read_without_a_deadline_is_a_timeout_that_names_it(tmp_path: Path)
     with open_shelf(tmp_path, 2, preadv=preadv) as shelf:
         preadv.armed = True
         shelf.store.deadline_s = 0.05
-        with pytest.raises(TransferTimeout, match="disk read of heads of 2 chunks"):
+        with pytest.raises(TransferTimeout, match="disk read of parts of 2 chunks"):
             shelf.locate(tokens(0))
         assert shelf.store.table.protected == {shelf.chunks[0]}
         shelf.store.deadline_s = WAIT_S
@@ -170,7 +170,7 @@ def test_close_with_a_hung_read_is_a_timeout_and_frees_it_when_the_disk_comes_ba
         shelf.store.deadline_s = 0.05
         shelf.prefetch(tokens(0))
         assert gate.reached.wait(WAIT_S)
-        with pytest.raises(TransferTimeout, match="read of heads"):
+        with pytest.raises(TransferTimeout, match="read of parts"):
             shelf.reader.close()
         shelf.store.deadline_s = WAIT_S
         gate.open()
@@ -185,7 +185,8 @@ def heads_of(shelf: Shelf, out: list[Tensor]) -> Transfer:
     tier, entries = shelf.disk, [shelf.store.table[c] for c in shelf.chunks[: len(out)]]
     assert isinstance(tier, FaultyTier)
     slots, infos = [entry.slots[1] for entry in entries], [entry.info for entry in entries]
-    return tier.read_heads(slots, infos, slice(1, 2), out)
+    each = tier.parts_per_head
+    return tier.read_parts(slots, infos, slice(each, 2 * each), out)
 
 
 def test_late_read_of_heads_is_not_done_before_its_time_and_brings_them(tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ def test_failed_read_of_heads_names_them_and_moves_nothing(tmp_path: Path) -> No
         out = buffers_for(2)
         transfer = heads_of(shelf, out)
         assert transfer.num_bytes == 2 * HEAD_BYTES
-        with pytest.raises(StorageError, match="disk read of heads of 2 chunks, first of layer 0"):
+        with pytest.raises(StorageError, match="disk read of parts of 2 chunks, first of layer 0"):
             transfer.wait(WAIT_S)
         assert not any(bool(buffer.any()) for buffer in out)
 
@@ -220,5 +221,5 @@ def test_read_of_heads_is_refused_by_a_tier_that_reads_whole_chunks_only() -> No
     )
     tier = FaultyTier(memory, FaultPlan())
     with pytest.raises(ConfigError, match="the cpu tier reads whole chunks only"):
-        tier.read_heads([], [], slice(0, 1), [])
+        tier.read_parts([], [], slice(0, 1), [])
     tier.close()

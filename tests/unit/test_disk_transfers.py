@@ -73,7 +73,7 @@ def test_queued_write_of_several_jobs_is_cancelled_whole(tmp_path: Path) -> None
         assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("verb", ["read", "read_heads"])
+@pytest.mark.parametrize("verb", ["read", "read_parts"])
 def test_bad_records_of_somebody_else_are_named_after_any_read_that_met_them(
     tmp_path: Path, verb: str
 ) -> None:
@@ -91,7 +91,8 @@ def test_bad_records_of_somebody_else_are_named_after_any_read_that_met_them(
             transfer = ours.read(slots, infos, make_buffers(3, WHOLE_PAGES))
         else:
             out = list(torch.zeros(3, WHOLE_PAGES.chunk_bytes // 2, dtype=torch.uint8))
-            transfer = ours.read_heads(slots, infos, slice(0, 1), out)
+            parts = slice(0, ours.parts_per_head)
+            transfer = ours.read_parts(slots, infos, parts, out)
         with pytest.raises(CorruptChunk, match="chunk 1 "):
             transfer.wait(WAIT_S)
         assert (path, 1) in ours.take_suspects()

@@ -3,17 +3,11 @@ import struct
 
 import pytest
 import torch
+import xxhash
 
 from offload.errors import ConfigError, CorruptChunk
-from offload.tiers.record import (
-    MAX_HEADS,
-    RecordFormat,
-    check_header,
-    check_heads,
-    digest_heads,
-    pack_header,
-    verify,
-)
+from offload.tiers.record import MAX_UNITS, RecordFormat, check_units, checksums_of, raw_record
+from offload.tiers.record_header import check_header, pack_header, verify
 from offload.types import PAGE_BYTES, ChunkInfo, ChunkLayout
 
 _LAYOUT = ChunkLayout(2, 8, 16, 16, torch.bfloat16)
@@ -23,8 +17,8 @@ _INFO = ChunkInfo(chunk_id=7, layer=3, first_token=128)
 
 def _make_record(fmt: RecordFormat = _FORMAT, info: ChunkInfo = _INFO) -> tuple[bytes, bytes]:
     payload = bytes(range(256)) * (fmt.layout.slot_bytes // 256)
-    digests = digest_heads(memoryview(payload)[: fmt.layout.chunk_bytes], fmt.head_bytes)
-    return pack_header(fmt, info, digests), payload
+    stored = raw_record(fmt, info, memoryview(payload)[: fmt.layout.chunk_bytes])
+    return pack_header(fmt, stored), payload
 
 
 def _verify(header: bytes, payload: bytes, fmt: RecordFormat = _FORMAT) -> None:
@@ -47,13 +41,13 @@ def test_record_as_written_is_accepted() -> None:
 def test_header_has_the_documented_byte_offsets() -> None:
     header, payload = _make_record()
     assert header[:8] == b"KVRECORD"
-    assert struct.unpack_from("<HBB", header, 8) == (1, 0, 3)
+    assert struct.unpack_from("<HBB", header, 8) == (2, 0, 3)
     assert struct.unpack_from("<5I", header, 12) == (2, 8, 16, 16, 3)
     assert struct.unpack_from("<QQ", header, 32) == (128, 7)
     assert header[48:64] == b"model".ljust(16, b"\0")
-    assert struct.unpack_from("<QI", header, 64) == (_LAYOUT.chunk_bytes, 2)
-    digests = digest_heads(memoryview(payload)[: _LAYOUT.chunk_bytes], _FORMAT.head_bytes)
-    assert struct.unpack_from("<2Q", header, 80) == digests
+    assert struct.unpack_from("<QII", header, 64) == (_LAYOUT.chunk_bytes, 2, 8)
+    checksums = checksums_of(memoryview(payload)[: _LAYOUT.chunk_bytes], _FORMAT.starts)
+    assert list(struct.unpack_from("<2Q", header, 80)) == checksums
     assert not any(header[96:4088])
 
 
@@ -130,16 +124,16 @@ def test_header_of_another_size_is_refused() -> None:
 
 def test_one_head_can_be_verified_alone() -> None:
     header, payload = _make_record()
-    digests = check_header(memoryview(header), _FORMAT, _INFO)
+    stored = check_header(memoryview(header), _FORMAT, _INFO)
     second = memoryview(payload)[_FORMAT.head_bytes : _LAYOUT.chunk_bytes]
-    check_heads(second, _FORMAT, _INFO, digests, first=1)
+    check_units(second, _FORMAT, stored, first=1)
     with pytest.raises(CorruptChunk, match="first of head 1"):
-        check_heads(memoryview(_flip(bytes(second), 5, 5)), _FORMAT, _INFO, digests, first=1)
+        check_units(memoryview(_flip(bytes(second), 5, 5)), _FORMAT, stored, first=1)
 
 
 def test_format_with_as_many_heads_as_the_header_holds_is_accepted() -> None:
-    fmt = RecordFormat(ChunkLayout(MAX_HEADS, 1, 4, 4, torch.float32))
-    assert MAX_HEADS >= 256
+    fmt = RecordFormat(ChunkLayout(MAX_UNITS, 1, 4, 4, torch.float32))
+    assert MAX_UNITS >= 256
     header, payload = _make_record(fmt)
     _verify(header, payload, fmt)
 
@@ -147,7 +141,7 @@ def test_format_with_as_many_heads_as_the_header_holds_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("layout", "fingerprint", "message"),
     [
-        (ChunkLayout(MAX_HEADS + 1, 1, 4, 4, torch.float32), b"", f"at most {MAX_HEADS} KV heads"),
+        (ChunkLayout(MAX_UNITS + 1, 1, 4, 4, torch.float32), b"", f"at most {MAX_UNITS} KV heads"),
         (ChunkLayout(1, 1, 4, 4, torch.complex64), b"", "complex64 cannot be stored"),
         (_LAYOUT, b"seventeen bytes..", "at most 16 bytes, not 17"),
     ],
@@ -158,3 +152,68 @@ def test_format_that_does_not_fit_into_a_header_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         RecordFormat(layout, fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("layout", "tokens"),
+    [
+        (ChunkLayout(8, 64, 128, 128, torch.bfloat16), 8),
+        (ChunkLayout(2, 64, 16, 16, torch.float32), 32),
+        (ChunkLayout(2, 48, 64, 64, torch.bfloat16), 16),
+        (ChunkLayout(4, 64, 24, 24, torch.bfloat16), 64),
+        (ChunkLayout(8, 5, 128, 128, torch.bfloat16), 5),
+        (ChunkLayout(32, 256, 128, 128, torch.bfloat16), 32),
+    ],
+    ids=["8b", "small", "not a power of two", "odd rows", "odd chunk", "many units"],
+)
+def test_unit_is_the_shortest_run_of_whole_pages_that_leaves_room_in_the_header(
+    layout: ChunkLayout, tokens: int
+) -> None:
+    assert RecordFormat(layout).unit_tokens == tokens
+
+
+def test_record_of_version_1_with_a_checksum_per_head_is_read() -> None:
+    layout = ChunkLayout(2, 64, 16, 16, torch.float32)
+    fmt = RecordFormat(layout, b"model")
+    payload = bytes(range(256)) * (layout.chunk_bytes // 256)
+    header = _version_1(fmt, payload)
+    stored = verify(memoryview(header), memoryview(payload), fmt, _INFO)
+    assert (stored.unit_tokens, len(stored.checksums)) == (64, 2)
+    with pytest.raises(CorruptChunk, match="1 of 2 units is wrong, first of head 1"):
+        verify(memoryview(header), memoryview(_flip(payload, 9000, 1)), fmt, _INFO)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (8, b"\x03\x00", "format version 3"),
+        (8, b"\x01\x00\x01", "format version 1, codec 1"),
+        (72, b"\x03", "3 units of 8 tokens"),
+        (76, b"\x03", "2 units of 3 tokens"),
+        (76, b"\x00", "2 units of 0 tokens"),
+        (64, b"\x01", "payload of"),
+    ],
+)
+def test_header_whose_fields_do_not_fit_together_is_corrupt(
+    offset: int, value: bytes, message: str
+) -> None:
+    header, payload = _make_record()
+    with pytest.raises(CorruptChunk, match=message):
+        _verify(_with_field(header, offset, value), payload)
+
+
+def _version_1(fmt: RecordFormat, payload: bytes) -> bytes:
+    """Return a header page as version 1 wrote it."""
+    heads = [payload[i : i + fmt.head_bytes] for i in range(0, len(payload), fmt.head_bytes)]
+    header = bytearray(pack_header(fmt, raw_record(fmt, _INFO, memoryview(payload))))
+    header[8:10] = b"\x01\x00"
+    checksums = [xxhash.xxh3_64_intdigest(head) for head in heads]
+    struct.pack_into("<I4x", header, 72, len(heads))
+    header[80:4088] = struct.pack(f"<{len(heads)}Q", *checksums).ljust(4008, b"\0")
+    return _with_field(bytes(header), 0, b"")
+
+
+def _with_field(header: bytes, offset: int, value: bytes) -> bytes:
+    """Return a header with some bytes exchanged, and its own checksum made right again."""
+    page = header[:offset] + value + header[offset + len(value) : 4088]
+    return page + struct.pack("<Q", xxhash.xxh3_64_intdigest(page))

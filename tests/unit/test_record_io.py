@@ -12,6 +12,7 @@ from offload.tiers.io_plan import MAX_OP_BYTES
 from offload.tiers.pool import page_aligned
 from offload.tiers.record import RecordFormat
 from offload.tiers.record_io import KnownHeaders, RecordIo
+from offload.tiers.record_parts import Part, plan_parts, read_parts
 from offload.tiers.segment_files import SegmentFiles
 from offload.types import PAGE_BYTES, ChunkInfo, ChunkLayout
 
@@ -69,9 +70,10 @@ class _Records:
         stride = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
         memory = page_aligned(len(records) * stride).view(len(records), stride)
         out = list(memory[:, :num_bytes])
-        for members in self.io.plan_heads(places, num_bytes, 1):
-            firsts = [first] * len(records)
-            self.io.read_heads(places, members, infos, firsts, out, _scratch())
+        unit = first * self.fmt.units_per_head
+        parts = [Part(*each, unit, buffer) for *each, buffer in zip(places, infos, out, strict=True)]
+        for job in plan_parts(parts, num_bytes, 1):
+            read_parts(job, self.io, _scratch())
         return out
 
     def damage(self, record: int, offset: int) -> None:
@@ -130,11 +132,11 @@ def test_heads_are_read_through_gaps_of_at_most_eight_pages(
     assert kept.reads.sizes == [pages * PAGE_BYTES for pages in sizes]
 
 
-def test_job_reads_no_more_than_one_operation_may(tmp_path: Path) -> None:
-    io = RecordIo(SegmentFiles(tmp_path), RecordFormat(_FAR_HEADS))
-    places = [(0, index) for index in range(10_000)]
+def test_job_reads_no_more_than_one_operation_may() -> None:
+    info, out = ChunkInfo(0, 0, 0), torch.zeros(0)
+    parts = [Part((0, index), info, 0, out) for index in range(10_000)]
     for num_bytes in (1, 512, PAGE_BYTES, MAX_OP_BYTES // 3, 2 * MAX_OP_BYTES):
-        most = max(len(members) for members in io.plan_heads(places, num_bytes, 1))
+        most = max(len(job) for job in plan_parts(parts, num_bytes, 1))
         assert 1 <= most <= SCRATCH_PAGES // 2
         assert most == 1 or most * (PAGE_BYTES + num_bytes) <= MAX_OP_BYTES
 
