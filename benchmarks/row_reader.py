@@ -7,7 +7,7 @@ memory; all on the disk, with lines for a tenth of the keys and values; and that
 just below the cut prefetched, half as many as are read, while ``--compute-ms`` pass. A wait, if
 given, is the longest of a step. The first half of the steps fills the lines and is not counted.
 
-    python -m benchmarks.row_reader [--full] [--wait-us N] [--directory DIR] [--json FILE]
+    python -m benchmarks.row_reader [--full] [--wait-us N] [--piece-tokens N] [--directory DIR] [--json FILE]
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Row:
     hit_rate : float
         Of lines.
     reads : float
-        Heads of chunks read per step, those of the prefetch included.
+        Pieces read per step, those of the prefetch included.
     reads_per_s : float
         While at least one thread was reading.
     late_share : float
@@ -81,7 +81,9 @@ class Row:
 class Layer:
     """The chunks of one layer, all in memory or all on the disk."""
 
-    def __init__(self, directory: Path, num_tokens: int, *, in_memory: bool) -> None:
+    def __init__(
+        self, directory: Path, num_tokens: int, piece_tokens: int | None, *, in_memory: bool
+    ) -> None:
         count = num_tokens // LAYOUT.chunk_tokens
         memory = MemoryTier(
             "cpu",
@@ -98,7 +100,7 @@ class Layer:
         )
         line_bytes = 0 if in_memory else int(LINE_SHARE * count * LAYOUT.chunk_bytes)
         sizes = RowMemory(STAGING_BYTES, line_bytes)
-        self.reader = RowReader(self.store, torch.device("cpu"), sizes)
+        self.reader = RowReader(self.store, torch.device("cpu"), sizes, piece_tokens)
         piece = torch.randn(1, LAYOUT.num_kv_heads, 4096, LAYOUT.key_dim).bfloat16()
         self.chunks: list[ChunkId] = []
         for first in range(0, num_tokens, 4096):
@@ -151,7 +153,7 @@ def measure(layer: Layer, setting: str, options: argparse.Namespace) -> Row:
     waited_s = counters.row_wait_s - before.row_wait_s
     lookups, rows = counters.line_lookups - before.line_lookups, counted * last.size
     read_bytes = counters.loaded_bytes.get("disk", 0) - before.loaded_bytes.get("disk", 0)
-    reads = read_bytes / (LAYOUT.chunk_bytes // LAYOUT.num_kv_heads)
+    reads = read_bytes / (options.piece_tokens * LAYOUT.row_dim * LAYOUT.dtype.itemsize)
     return Row(
         setting=setting,
         num_tokens=options.num_tokens,
@@ -199,6 +201,8 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=0.999, help="correlation of two steps")
     parser.add_argument("--compute-ms", type=float, default=5.0)
     parser.add_argument("--wait-us", type=float, help="longest wait of a step; default: no limit")
+    text = "tokens of a head that are read together"
+    parser.add_argument("--piece-tokens", type=int, default=LAYOUT.chunk_tokens, help=text)
     parser.add_argument("--directory", type=Path, help="where the disk tier writes")
     parser.add_argument("--json", type=Path, help="write all figures")
     options = parser.parse_args(sys.argv[1:])
@@ -208,7 +212,12 @@ def main() -> None:
     for setting in ("in memory", "on disk", "on disk, prefetch"):
         with tempfile.TemporaryDirectory(dir=options.directory) as directory:
             in_memory = setting == "in memory"
-            layer = Layer(Path(directory) / "disk", options.num_tokens, in_memory=in_memory)
+            layer = Layer(
+                Path(directory) / "disk",
+                options.num_tokens,
+                options.piece_tokens,
+                in_memory=in_memory,
+            )
             try:
                 rows.append(measure(layer, setting, options))
             finally:

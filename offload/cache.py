@@ -4,7 +4,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -18,7 +18,7 @@ from offload.presets import Preset
 from offload.session_link import SessionLink
 from offload.sessions.listing import SessionInfo
 from offload.sessions.store import SessionStore
-from offload.settings import check_settings
+from offload.settings import CacheOptions, check_settings
 from offload.stats import CacheStats, TierStats
 from offload.support import check_model_config, latent_dims
 
@@ -49,6 +49,9 @@ class OffloadedCache(Cache):
     max_wait_us : float, optional
         Longest wait of a layer, at each step, for what a sparse policy reads from the disk; what is
         late is estimated. By default everything is waited for.
+    codec : str
+        How the disk stores keys and values: ``"raw"``, the lossless ``"bf16x"``, or ``"int8"``,
+        ``"fp8"``, ``"kivi4"``, ``"kivi2"`` (``docs/codecs.md``).
     capacity : mapping of str to int or str, optional
         Hard limit per tier, such as ``{"gpu": "2GiB", "cpu": "8GiB", "disk": "200GiB"}``. Tiers
         that are not named get a share of what is free, never more than half.
@@ -74,17 +77,16 @@ class OffloadedCache(Cache):
         budget: float | int | None = None,
         error: float | None = None,
         max_wait_us: float | None = None,
+        codec: str = "raw",
         capacity: Mapping[str, int | str] | None = None,
         disk_path: str | Path | None = None,
         chunk_tokens: int = 64,
         config: Any = None,
     ) -> None:
-        core = CacheCore(
-            check_settings(
-                tiers, policy, capacity, disk_path, chunk_tokens, budget, error, max_wait_us
-            )
+        settings = check_settings(
+            tiers, policy, capacity, disk_path, chunk_tokens, budget, error, max_wait_us, codec
         )
-        self._adopt(core, [])
+        self._adopt(CacheCore(settings), [])
         if config is not None:
             try:
                 self.bind(config)
@@ -239,13 +241,8 @@ class OffloadedCache(Cache):
         *,
         store: SessionStore | str | Path | None = None,
         tiers: Sequence[str] = ("gpu", "cpu", "disk"),
-        policy: str | Preset = "exact",
-        budget: float | int | None = None,
-        error: float | None = None,
-        max_wait_us: float | None = None,
-        capacity: Mapping[str, int | str] | None = None,
-        disk_path: str | Path | None = None,
         weights_id: str | None = None,
+        **options: Unpack[CacheOptions],
     ) -> Self:
         """Return a cache that goes on where a session was saved.
 
@@ -258,10 +255,12 @@ class OffloadedCache(Cache):
         model : PreTrainedModel
             The one that the cache is for; it must be equal to the one that filled it.
         store : SessionStore or path, optional
-        tiers, policy, budget, error, max_wait_us, capacity, disk_path
-            As for the class; ``"disk"`` must be among the tiers.
+        tiers : sequence of str
+            ``"disk"`` must be among them.
         weights_id : str, optional
             As for ``save``.
+        **options
+            As for the class: ``policy, budget, error, max_wait_us, codec, capacity, disk_path``.
 
         Raises
         ------
@@ -275,17 +274,8 @@ class OffloadedCache(Cache):
             raise ConfigError(f"a session is read from disk; add 'disk' to tiers={list(tiers)}")
         opened, owns, file, held = resume.open_session(store, name, model, weights_id)
         try:
-            cache = cls(
-                tiers,
-                policy=policy,
-                budget=budget,
-                error=error,
-                max_wait_us=max_wait_us,
-                capacity=capacity,
-                disk_path=disk_path,
-                chunk_tokens=file.layout.chunk_tokens,
-                config=model.config,
-            )
+            tokens = file.layout.chunk_tokens
+            cache = cls(tiers, chunk_tokens=tokens, config=model.config, **options)
         except BaseException:
             held.release()
             if owns:

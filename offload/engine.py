@@ -15,6 +15,8 @@ from offload.sparse.row_reader import RowReader
 from offload.stats import Counters, RowStats
 from offload.store import ChunkStore
 from offload.tiers.base import Tier
+from offload.tiers.codec_choice import CodecChoice
+from offload.tiers.codec_ladder import find_codec
 from offload.tiers.disk import DiskTier
 from offload.tiers.faults import FaultPlan
 from offload.tiers.faulty import FaultyTier
@@ -42,6 +44,8 @@ class EngineConfig:
         Longest wait for one transfer.
     faults : FaultPlan or None
         What the disk tier is to suffer, to try out a failing disk.
+    codec : str
+        How the disk tier stores chunks; a name of ``codec_ladder``.
     """
 
     capacities: dict[str, int]
@@ -50,6 +54,7 @@ class EngineConfig:
     scratch: ScratchDir | None
     deadline_s: float = 120.0
     faults: FaultPlan | None = None
+    codec: str = "raw"
 
 
 class Engine:
@@ -303,6 +308,7 @@ class Engine:
                 capacity_bytes=capacities["disk"],
                 layout=layout,
                 deadline_s=self.config.deadline_s,
+                choose_codec=CodecChoice(layout.chunk_tokens, find_codec(self.config.codec)),
             )
             faults = self.config.faults
             tiers.append(self.disk if faults is None else FaultyTier(self.disk, faults))

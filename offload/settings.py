@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -11,9 +12,22 @@ from offload.engine import EngineConfig
 from offload.errors import ConfigError
 from offload.machine import default_capacities, survey
 from offload.presets import Preset, customised
+from offload.tiers.codec_ladder import find_codec
 from offload.tiers.scratch import ScratchDir, default_parent
 
 TIERS = ("gpu", "cpu", "disk")
+
+
+class CacheOptions(TypedDict, total=False):
+    """Arguments that ``OffloadedCache`` and ``OffloadedCache.load`` share; see the former."""
+
+    policy: str | Preset
+    budget: float | int | None
+    error: float | None
+    max_wait_us: float | None
+    codec: str
+    capacity: Mapping[str, int | str] | None
+    disk_path: str | Path | None
 
 
 def check_tiers(tiers: object) -> tuple[str, ...]:
@@ -58,6 +72,12 @@ def check_capacity(
     return {tier: given.get(tier, defaults[tier]) for tier in tiers}
 
 
+def check_codec(codec: str, tiers: Sequence[str]) -> None:
+    """Raise ConfigError if there is no such codec, or no tier that could use it."""
+    if find_codec(codec).number and "disk" not in tiers:
+        raise ConfigError(f"codec={codec!r} is for the tier 'disk'; tiers: {list(tiers)}")
+
+
 def check_settings(
     tiers: object,
     policy: str | Preset,
@@ -67,6 +87,7 @@ def check_settings(
     budget: float | int | None = None,
     error: float | None = None,
     max_wait_us: float | None = None,
+    codec: str = "raw",
 ) -> EngineConfig:
     """Turn the arguments of ``OffloadedCache`` into an engine's configuration.
 
@@ -85,7 +106,8 @@ def check_settings(
         raise ConfigError(f"disk_path={str(disk_path)!r} needs the tier 'disk'; tiers: {names}")
     if not isinstance(disk_path, str | PathLike | None):
         raise ConfigError(f"disk_path must be a path, not {disk_path!r}")
+    check_codec(codec, names)
     path = None if disk_path is None else Path(disk_path)
     capacities = check_capacity(names, capacity, path)
     scratch = ScratchDir(path) if "disk" in names else None
-    return EngineConfig(capacities, preset, tokens, scratch)
+    return EngineConfig(capacities, preset, tokens, scratch, codec=codec)

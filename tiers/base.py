@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -142,7 +142,7 @@ class ReadsParts(Protocol):
         slots: Sequence[SlotId],
         infos: Sequence[ChunkInfo],
         parts: slice | Sequence[int],
-        out: Sequence[Tensor],
+        out: Sequence[Any],
         *,
         num_parts: int = 1,
         urgent: bool = True,

@@ -12,18 +12,22 @@ from torch import Tensor
 from offload.errors import CapacityError, ClosedError, ConfigError, CorruptChunk
 from offload.stats import BusyTime
 from offload.tiers.adopted import AdoptedFiles
+from offload.tiers.aio import thread_queue
 from offload.tiers.base import Tier
 from offload.tiers.io_engine import IoEngine, Job
-from offload.tiers.io_plan import Operation
+from offload.tiers.io_plan import MIN_SHARE, Operation
 from offload.tiers.record import RecordFormat
 from offload.tiers.record_io import ChooseCodec, KnownHeaders, Place, RecordIo
-from offload.tiers.record_parts import Part, first_parts, plan_parts, read_parts
+from offload.tiers.record_parts import Buffer, Part, first_parts, plan_parts, read_parts
 from offload.tiers.requests import check_buffers, describe
 from offload.tiers.segment import SegmentTable, locate, slot_at
 from offload.tiers.segment_files import SegmentFiles
 from offload.tiers.syscalls import VectoredCall
 from offload.tiers.transfer import FutureTransfer, Transfer
 from offload.types import ChunkInfo, ChunkLayout, SlotId
+
+_BATCH = 32
+"""Parts that one thread reads at once: fewer leave the disk idle, more keep others waiting."""
 
 
 class DiskTier(Tier):
@@ -88,15 +92,17 @@ class DiskTier(Tier):
         self.layout = layout
         self.slot_bytes = layout.slot_bytes
         self.record_bytes = fmt.record_bytes
-        self.part_bytes = fmt.unit_bytes
-        """Bytes of the smallest part that can be read and verified by itself."""
-        self.parts_per_head = fmt.units_per_head
         per_segment = max(1, segment_bytes // self.record_bytes)
         self._table = SegmentTable(capacity_bytes // self.record_bytes, per_segment)
         self._files = SegmentFiles(directory)
         self._calls = (preadv, pwritev)
         self._headers: KnownHeaders = {}
         self._io = RecordIo(self._files, fmt, *self._calls, self._headers, choose_codec)
+        self.part_bytes = fmt.unit_bytes
+        """Bytes of the smallest part that can be read and verified by itself."""
+        self.parts_per_head = fmt.units_per_head
+        is_batched = self._io.is_direct and preadv is os.preadv and thread_queue() is not None
+        self._min_parts = _BATCH if is_batched else MIN_SHARE
         self._lock = threading.Lock()
         self._written: set[SlotId] = set()
         self._adopted = AdoptedFiles(self._files)
@@ -217,7 +223,7 @@ class DiskTier(Tier):
         slots: Sequence[SlotId],
         infos: Sequence[ChunkInfo],
         parts: slice | Sequence[int],
-        out: Sequence[Tensor],
+        out: Sequence[Tensor | Buffer],
         *,
         num_parts: int = 1,
         urgent: bool = True,
@@ -232,7 +238,7 @@ class DiskTier(Tier):
         slots, infos : sequences of equal length
         parts : slice or sequence of int
             Consecutive parts, the same of every slot; or the first one of each slot.
-        out : sequence of Tensor, uint8
+        out : sequence of Tensor, uint8, or Buffer
             Of as many ``part_bytes`` as there are parts. Bypasses the page cache if page-aligned
             and a part is a whole number of pages.
         num_parts : int
@@ -257,14 +263,15 @@ class DiskTier(Tier):
         num_bytes = count * self.part_bytes
         check_buffers(slots, infos, out, num_bytes)
         wanted = [
-            Part(locate(slot), *each) for slot, *each in zip(slots, infos, firsts, out, strict=True)
+            Part(locate(slot), info, first, at if isinstance(at, Buffer) else Buffer.of(at))
+            for slot, info, first, at in zip(slots, infos, firsts, out, strict=True)
         ]
         jobs: list[Job] = [
             self._read_job(
                 [part.place for part in job],
                 partial(read_parts, job),
             )
-            for job in plan_parts(wanted, num_bytes, self._engine.num_threads)
+            for job in plan_parts(wanted, num_bytes, self._engine.num_threads, self._min_parts)
         ]
         return self._start_read("read of parts", slots, infos, num_bytes, jobs, urgent=urgent)
 

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Final, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -139,7 +139,7 @@ class FaultyTier(Tier):
         slots: Sequence[SlotId],
         infos: Sequence[ChunkInfo],
         parts: slice | Sequence[int],
-        out: Sequence[Tensor],
+        out: Sequence[Any],
         *,
         num_parts: int = 1,
         urgent: bool = True,
@@ -156,9 +156,7 @@ class FaultyTier(Tier):
         return self._read(
             what,
             out,
-            lambda: inner.read_parts(
-                slots, infos, parts, out, num_parts=num_parts, urgent=urgent
-            ),
+            lambda: inner.read_parts(slots, infos, parts, out, num_parts=num_parts, urgent=urgent),
         )
 
     def write(
@@ -188,7 +186,7 @@ class FaultyTier(Tier):
         self._closing.set()
         self.inner.close()
 
-    def _read(self, what: str, out: Sequence[Tensor], begin: Callable[[], Transfer]) -> Transfer:
+    def _read(self, what: str, out: Sequence[Any], begin: Callable[[], Transfer]) -> Transfer:
         draw = self._dice.draw(what) if self.is_armed and out else _NO_FAULT
         transfer = begin() if draw.error is None else self._fail(what, out, draw.error)
         return LateTransfer(what, transfer, draw.late_s, self._closing)
@@ -226,7 +224,7 @@ class FaultyTier(Tier):
         self._damaged.add(slot)
         self._dice.count_damage(damage)
 
-    def _fail(self, what: str, buffers: Sequence[Tensor], error: StorageError) -> Transfer:
+    def _fail(self, what: str, buffers: Sequence[Any], error: StorageError) -> Transfer:
         """Return a transfer that is over, badly."""
         if self._closing.is_set():
             raise ClosedError(f"the {self.name} tier is closed")

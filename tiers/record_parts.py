@@ -1,17 +1,20 @@
 """Read parts of records: runs of tokens of single KV heads, verifying little else."""
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from offload.errors import ConfigError
+from offload.tiers.aio import thread_queue
 from offload.tiers.io_plan import MAX_OP_BUFFERS, MAX_OP_BYTES, join_pieces, share_out
 from offload.tiers.pool import page_aligned
 from offload.tiers.record import RecordFormat, Stored, check_units
 from offload.tiers.record_codec import decode_units
 from offload.tiers.record_header import check_header
-from offload.tiers.record_io import Place, RecordIo, are_aligned, pages, view
+from offload.tiers.record_io import Place, RecordIo, view
 from offload.tiers.syscalls import read_fully
 from offload.types import PAGE_BYTES, ChunkInfo, round_up
 
@@ -22,8 +25,31 @@ _MAX_SHARE = MAX_OP_BUFFERS // 4
 """Parts whose headers and bytes, and the gaps between them, fit into one system call."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Buffer(NamedTuple):
+    """Host memory that a part is read into.
+
+    Attributes
+    ----------
+    address : int
+    bytes : memoryview
+        Contiguous.
+    """
+
+    address: int
+    bytes: memoryview
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        return len(self.bytes)
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Buffer":
+        """Return the memory of a contiguous ``uint8`` tensor, which must outlive it."""
+        return cls(tensor.data_ptr(), view(tensor))
+
+
+class Part(NamedTuple):
     """What is wanted of one record.
 
     Attributes
@@ -33,21 +59,24 @@ class Part:
     info : ChunkInfo
     first : int
         The unit of a raw record that it starts with.
-    out : Tensor, uint8
-        Whole units of a raw record.
+    out : Buffer
+        For whole units of a raw record.
     """
 
     place: Place
     info: ChunkInfo
     first: int
-    out: Tensor
+    out: Buffer
 
 
-def plan_parts(parts: Sequence[Part], num_bytes: int, num_threads: int) -> list[list[Part]]:
+def plan_parts(
+    parts: Sequence[Part], num_bytes: int, num_threads: int, min_parts: int
+) -> list[list[Part]]:
     """Divide parts of ``num_bytes`` each into jobs of one segment, in disk order."""
     most = max(1, min(_MAX_SHARE, MAX_OP_BYTES // (PAGE_BYTES + num_bytes)))
     where = [(part.place[0], (part.place[1], part.first)) for part in parts]
-    return [[parts[i] for i in job] for job in share_out(where, num_threads, most)]
+    jobs = share_out(where, num_threads, most, min_records=min_parts)
+    return [[parts[i] for i in job] for job in jobs]
 
 
 def read_parts(parts: Sequence[Part], io: RecordIo, scratch: memoryview) -> None:
@@ -122,24 +151,19 @@ def _read_plain(
     io: RecordIo, parts: Sequence[tuple[Part, Stored | None]], scratch: memoryview
 ) -> list[tuple[Part, Stored]]:
     """Read straight into the buffers; return the parts of which headers said it cannot be done."""
-    fmt = io.fmt
-    spill, spare = scratch[:_SPILL_BYTES], iter(pages(scratch[_SPILL_BYTES:], len(parts)))
+    fmt, spill = io.fmt, scratch[:_SPILL_BYTES]
+    spare = Buffer(np.frombuffer(scratch, np.uint8).ctypes.data, scratch)
     headers: dict[Place, memoryview] = {}
-    pieces: list[tuple[int, memoryview]] = []
+    pieces: list[tuple[int, Buffer]] = []
     for part, stored in parts:
         start = io.start_of(part.place)
         if stored is None and part.place not in headers:
-            headers[part.place] = next(spare)
-            pieces.append((start, headers[part.place]))
-        pieces.append((start + PAGE_BYTES + part.first * fmt.unit_bytes, view(part.out)))
-    reads = join_pieces(pieces, spill)
-
-    def move(fd: int, file: str) -> None:
-        for offset, buffers in reads:
-            read_fully(fd, buffers, offset, file, io.preadv)
-
-    aligned = fmt.unit_bytes % PAGE_BYTES == 0 and are_aligned(part.out for part, _ in parts)
-    io.on_file(parts[0][0].place[0], move, writing=False, is_aligned=aligned)
+            at = _SPILL_BYTES + len(headers) * PAGE_BYTES
+            page = Buffer(spare.address + at, scratch[at : at + PAGE_BYTES])
+            headers[part.place] = page.bytes
+            pieces.append((start, page))
+        pieces.append((start + PAGE_BYTES + part.first * fmt.unit_bytes, part.out))
+    _fill(io, parts[0][0].place[0], pieces, spill)
     found: dict[Place, Stored] = {}
     coarse = []
     for part, stored in parts:
@@ -147,12 +171,32 @@ def _read_plain(
         if known is None:
             known = found[part.place] = check_header(headers[part.place], fmt, part.info)
         if _is_plain(fmt, known):
-            check_units(view(part.out), fmt, known, part.first)
+            check_units(part.out.bytes, fmt, known, part.first)
         else:
             coarse.append((part, known))
     if io.headers is not None:
         io.headers |= found
     return coarse
+
+
+def _fill(
+    io: RecordIo, segment: int, pieces: Sequence[tuple[int, Buffer]], spill: memoryview
+) -> None:
+    """Read pieces of a file, each at its offset, all at once if the kernel does that."""
+    addresses = np.array([buffer.address for _, buffer in pieces], np.int64)
+    is_aligned = io.fmt.unit_bytes % PAGE_BYTES == 0 and not (addresses % PAGE_BYTES).any()
+
+    def move(fd: int, file: str) -> None:
+        queue = thread_queue() if is_aligned and io.is_direct else None
+        if queue is not None and io.preadv is os.preadv:
+            offsets = np.array([offset for offset, _ in pieces], np.int64)
+            sizes = np.array([len(buffer.bytes) for _, buffer in pieces], np.int64)
+            if queue.read(fd, offsets, addresses, sizes):
+                return
+        for offset, buffers in join_pieces([(at, buffer.bytes) for at, buffer in pieces], spill):
+            read_fully(fd, buffers, offset, file, io.preadv)
+
+    io.on_file(segment, move, writing=False, is_aligned=is_aligned)
 
 
 def _read_coarse(io: RecordIo, parts: Sequence[tuple[Part, Stored]]) -> None:
@@ -163,7 +207,7 @@ def _read_coarse(io: RecordIo, parts: Sequence[tuple[Part, Stored]]) -> None:
     stored_at = {}
     for part, stored in parts:
         first_token = part.first * fmt.unit_tokens
-        end_token = first_token + part.out.numel() // row_bytes
+        end_token = first_token + len(part.out.bytes) // row_bytes
         first, end = first_token // stored.unit_tokens, -(-end_token // stored.unit_tokens)
         skipped = (first_token - first * stored.unit_tokens) * row_bytes
         wanted.setdefault((part.place, first, end), []).append((part, skipped))
@@ -172,8 +216,9 @@ def _read_coarse(io: RecordIo, parts: Sequence[tuple[Part, Stored]]) -> None:
         stored = stored_at[place]
         rows = page_aligned((end - first) * stored.unit_tokens * row_bytes)
         decode_units(fmt, stored, _read_units(io, place, stored, first, end), first, rows)
+        decoded = view(rows)
         for part, skipped in those:
-            part.out.copy_(rows[skipped : skipped + part.out.numel()])
+            part.out.bytes[:] = decoded[skipped : skipped + len(part.out.bytes)]
 
 
 def _read_units(io: RecordIo, place: Place, stored: Stored, first: int, end: int) -> memoryview:

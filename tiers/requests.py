@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from offload.errors import ConfigError
+from offload.tiers.record_parts import Buffer
 from offload.types import ChunkInfo, SlotId
 
 
@@ -18,7 +19,10 @@ def describe(verb: str, infos: Sequence[ChunkInfo]) -> str:
 
 
 def check_buffers(
-    slots: Sequence[SlotId], infos: Sequence[ChunkInfo], buffers: Sequence[Tensor], num_bytes: int
+    slots: Sequence[SlotId],
+    infos: Sequence[ChunkInfo],
+    buffers: Sequence[Tensor | Buffer],
+    num_bytes: int,
 ) -> None:
     """Raise ConfigError if buffers do not fit a request.
 
@@ -33,6 +37,9 @@ def check_buffers(
             f"{len(slots)} slots, {len(infos)} infos and {len(buffers)} buffers do not match"
         )
     for buffer in buffers:
+        if isinstance(buffer, Buffer):
+            assert len(buffer.bytes) == num_bytes
+            continue
         fits = buffer.dtype == torch.uint8 and buffer.shape == (num_bytes,)
         if not fits or buffer.device.type != "cpu" or not buffer.is_contiguous():
             raise ConfigError(

@@ -17,12 +17,12 @@ class RowPlan:
         on the disk; the rest holds whole chunks.
     piece_tokens : int or None
         Tokens of a head that are read together, as near as pages of the disk and the length of a
-        chunk allow; None: all of a chunk.
+        chunk allow; None: all of a chunk. Fewer are read faster, and hold up others less.
     """
 
     max_wait_us: float | None = None
     line_share: float = 0.75
-    piece_tokens: int | None = None
+    piece_tokens: int | None = 1
 
     @property
     def max_wait_s(self) -> float | None:

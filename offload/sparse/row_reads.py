@@ -11,6 +11,7 @@ from offload.errors import OffloadError, TransferTimeout
 from offload.sparse.row_keys import Ints, RowKeys, Rows
 from offload.store import ChunkStore
 from offload.tiers.base import ReadsParts
+from offload.tiers.record_parts import Buffer
 from offload.tiers.transfer import Transfer
 from offload.types import ChunkId, round_up
 
@@ -78,7 +79,8 @@ class PieceReads:
         stride = round_up(keys.piece_bytes)
         self.num_buffers = staging.numel() // stride
         self._buffers = [
-            staging[i * stride : i * stride + keys.piece_bytes] for i in range(self.num_buffers)
+            Buffer.of(staging[i * stride : i * stride + keys.piece_bytes])
+            for i in range(self.num_buffers)
         ]
         self._staged = np.lib.stride_tricks.as_strided(
             staging.numpy(),

@@ -12,7 +12,7 @@ from offload.tiers.io_plan import MAX_OP_BYTES
 from offload.tiers.pool import page_aligned
 from offload.tiers.record import RecordFormat
 from offload.tiers.record_io import KnownHeaders, RecordIo
-from offload.tiers.record_parts import Part, plan_parts, read_parts
+from offload.tiers.record_parts import Buffer, Part, plan_parts, read_parts
 from offload.tiers.segment_files import SegmentFiles
 from offload.types import PAGE_BYTES, ChunkInfo, ChunkLayout
 
@@ -71,8 +71,11 @@ class _Records:
         memory = page_aligned(len(records) * stride).view(len(records), stride)
         out = list(memory[:, :num_bytes])
         unit = first * self.fmt.units_per_head
-        parts = [Part(*each, unit, buffer) for *each, buffer in zip(places, infos, out, strict=True)]
-        for job in plan_parts(parts, num_bytes, 1):
+        parts = [
+            Part(place, info, unit, Buffer.of(buffer))
+            for place, info, buffer in zip(places, infos, out, strict=True)
+        ]
+        for job in plan_parts(parts, num_bytes, 1, 4):
             read_parts(job, self.io, _scratch())
         return out
 
@@ -133,10 +136,10 @@ def test_heads_are_read_through_gaps_of_at_most_eight_pages(
 
 
 def test_job_reads_no_more_than_one_operation_may() -> None:
-    info, out = ChunkInfo(0, 0, 0), torch.zeros(0)
+    info, out = ChunkInfo(0, 0, 0), Buffer.of(page_aligned(0))
     parts = [Part((0, index), info, 0, out) for index in range(10_000)]
     for num_bytes in (1, 512, PAGE_BYTES, MAX_OP_BYTES // 3, 2 * MAX_OP_BYTES):
-        most = max(len(job) for job in plan_parts(parts, num_bytes, 1))
+        most = max(len(job) for job in plan_parts(parts, num_bytes, 1, 4))
         assert 1 <= most <= SCRATCH_PAGES // 2
         assert most == 1 or most * (PAGE_BYTES + num_bytes) <= MAX_OP_BYTES
 
