@@ -64,13 +64,21 @@ class RowKeys:
         """Return the piece of each key."""
         return keys // self.piece_tokens
 
-    def chunk_and_place(self, piece: int) -> tuple[ChunkId, int]:
-        """Return the chunk of a piece, and which of its pieces it is."""
-        chunk, place = divmod(piece, self.pieces_per_chunk)
-        return ChunkId(chunk), place
+    def chunk_of(self, piece: int) -> ChunkId:
+        """Return the chunk of a piece."""
+        return ChunkId(piece // self.pieces_per_chunk)
+
+    def chunks_and_places(self, pieces: Ints) -> tuple[list[ChunkId], Ints]:
+        """Return the chunk of each piece, and which of its pieces it is."""
+        chunks, places = np.divmod(pieces, self.pieces_per_chunk)
+        return list(map(ChunkId, chunks.tolist())), places
 
     def by_piece(self, keys: Ints) -> dict[int, Ints]:
         """Divide keys by piece; pieces in the order of their first keys."""
         pieces, first, which = np.unique(self.pieces(keys), return_index=True, return_inverse=True)
-        parts = np.split(keys[np.argsort(which, kind="stable")], np.cumsum(np.bincount(which))[:-1])
-        return {int(pieces[i]): parts[i] for i in np.argsort(first, kind="stable")}
+        ordered = keys[np.argsort(which, kind="stable")]
+        stops = np.cumsum(np.bincount(which)).tolist()
+        starts = [0, *stops[:-1]]
+        order = np.argsort(first, kind="stable").tolist()
+        names = pieces.tolist()
+        return {names[i]: ordered[starts[i] : stops[i]] for i in order}

@@ -176,7 +176,7 @@ class RowReader:
         wanted = [
             (piece, part)
             for piece, part in self._names.by_piece(keys).items()
-            if not (self._places.is_foreign(self._names.chunk_and_place(piece)[0]))
+            if not (self._places.is_foreign(self._names.chunk_of(piece)))
             and not self._reads.join(piece, part)
         ]
         wanted = wanted[: self._reads.room(is_urgent=False)]

@@ -75,6 +75,8 @@ class PieceReads:
     ) -> None:
         self._store = store
         self._keys = keys
+        tier = store.tiers[-1]
+        self._tier = tier if isinstance(tier, ReadsParts) else None
         self._is_pinned = is_pinned
         stride = round_up(keys.piece_bytes)
         self.num_buffers = staging.numel() // stride
@@ -156,25 +158,24 @@ class PieceReads:
             _wait(flight.transfer, timeout_s)
 
     def _start_flight(self, pieces: list[int], wanted: list[Ints], is_urgent: bool) -> None:
-        tier, disk = self._store.tiers[-1], len(self._store.tiers) - 1
-        assert isinstance(tier, ReadsParts)
+        tier, disk = self._tier, len(self._store.tiers) - 1
+        assert tier is not None, "there is no disk to read from"
         buffers = self._free[-len(pieces) :]
         assert len(buffers) == len(pieces), "more pieces than buffers"
-        chunks, places = zip(*map(self._keys.chunk_and_place, pieces), strict=True)
-        num_parts = self._keys.piece_bytes // tier.part_bytes
+        numbers, num_parts = np.array(pieces), self._keys.piece_bytes // tier.part_bytes
+        chunks, firsts = self._keys.chunks_and_places(numbers)
         entries = [self._store.table[chunk] for chunk in chunks]
         transfer = tier.read_parts(
             [entry.slots[disk] for entry in entries],
             [entry.info for entry in entries],
-            [place * num_parts for place in places],
+            (firsts * num_parts).tolist(),
             [self._buffers[buffer] for buffer in buffers],
             num_parts=num_parts,
             urgent=is_urgent,
         )
         del self._free[-len(pieces) :]
         self._store.table.protect(chunks)
-        where = np.array(pieces), np.array(buffers)
-        flight = _Flight(*where, list(chunks), wanted, transfer, is_urgent)
+        flight = _Flight(numbers, np.array(buffers), chunks, wanted, transfer, is_urgent)
         self._flights.append(flight)
         self._flight_of |= dict.fromkeys(pieces, flight)
 
