@@ -1,7 +1,11 @@
-"""Who leaves a full tier. Policies rank chunks; they never touch bytes."""
+"""Who leaves a full tier. Policies rank chunks; they never touch bytes.
+
+Those that know of chunks only that they were read are here; those that know how much attention they
+got are in the other ``eviction_*`` files.
+"""
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 from offload.types import ChunkId
@@ -16,6 +20,17 @@ class EvictionPolicy(Protocol):
 
     def touch(self, chunks: Iterable[ChunkId]) -> None:
         """Note that chunks were read. Unknown ones are ignored."""
+        ...
+
+    def observe(self, masses: Mapping[ChunkId, float]) -> None:
+        """Note how much attention chunks got in one step; called once a step, for all layers.
+
+        Parameters
+        ----------
+        masses : mapping of ChunkId to float
+            Share of a layer's attention that went to a chunk, 0 to 1, the mean over its heads. It
+            may name chunks of other tiers; those it does not name got none that is known of.
+        """
         ...
 
     def remove(self, chunk: ChunkId) -> None:
@@ -46,6 +61,10 @@ class KeepFirst:
         """Note that chunks were read."""
         return
 
+    def observe(self, masses: Mapping[ChunkId, float]) -> None:
+        """Attention changes nothing."""
+        return
+
     def remove(self, chunk: ChunkId) -> None:
         """Forget a chunk that left."""
         self._chunks.discard(chunk)
@@ -70,6 +89,10 @@ class LeastRecentlyUsed:
         for chunk in chunks:
             if chunk in self._order:
                 self._order.move_to_end(chunk)
+
+    def observe(self, masses: Mapping[ChunkId, float]) -> None:
+        """Attention changes nothing; reads do."""
+        return
 
     def remove(self, chunk: ChunkId) -> None:
         """Forget a chunk that left."""

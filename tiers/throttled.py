@@ -43,7 +43,7 @@ class SerialLink:
         self._free_s = 0.0
         self._lock = threading.Lock()
 
-    def reserve(self, num_bytes: int, num_requests: int) -> float:
+    def reserve(self, num_bytes: float, num_requests: int) -> float:
         """Take the link for so much, after everything before; return when it will be over."""
         with self._lock:
             busy_s = num_requests * self.request_s + num_bytes / self.bytes_per_s

@@ -63,3 +63,40 @@ class EvictionContract(ABC):
         before = filled.victims(5)
         filled.remove(ChunkId(99))
         assert filled.victims(5) == before
+
+    def test_victims_are_none_where_all_are_excluded(self, filled: EvictionPolicy) -> None:
+        assert filled.victims(5, exclude=set(ids(0, 1, 2, 3, 4))) == []
+
+    def test_chunk_that_is_inserted_again_is_one_chunk(self, filled: EvictionPolicy) -> None:
+        before = filled.victims(9)
+        filled.insert(ChunkId(3))
+        assert filled.victims(9) == before
+
+    def test_chunk_that_left_and_came_back_is_one_chunk(self, filled: EvictionPolicy) -> None:
+        filled.remove(ChunkId(3))
+        filled.insert(ChunkId(3))
+        victims = filled.victims(9)
+        assert len(set(victims)) == len(victims)
+        assert set(victims) <= set(ids(0, 1, 2, 3, 4))
+
+    def test_attention_to_unknown_chunks_does_not_make_them_residents(
+        self, policy: EvictionPolicy
+    ) -> None:
+        policy.observe(dict.fromkeys(ids(7, 8), 0.5))
+        assert policy.victims(2) == []
+
+    @pytest.mark.parametrize("masses", [{}, {0: 0.0}, {0: 0.7, 4: 0.2, 9: 0.1}], ids=str)
+    def test_attention_changes_no_more_than_the_order(
+        self, filled: EvictionPolicy, masses: dict[int, float]
+    ) -> None:
+        before = filled.victims(9)
+        for _ in range(3):
+            filled.observe({ChunkId(chunk): mass for chunk, mass in masses.items()})
+        assert set(filled.victims(9)) == set(before)
+        assert filled.victims(9) == filled.victims(9)
+
+    @pytest.mark.parametrize("n", [1, 2, 4])
+    def test_fewer_victims_are_the_first_of_more(self, filled: EvictionPolicy, n: int) -> None:
+        filled.touch(ids(1, 3))
+        filled.observe({ChunkId(0): 0.6, ChunkId(2): 0.3})
+        assert filled.victims(n) == filled.victims(5)[:n]
