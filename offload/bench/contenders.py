@@ -38,10 +38,13 @@ class Entry:
         As the user wrote it.
     policy : Preset or None
         None for what is not ours.
+    codec : str
+        How the disk stores keys and values.
     """
 
     name: str
     policy: Preset | None
+    codec: str = "raw"
 
     @property
     def is_dense(self) -> bool:
@@ -85,6 +88,7 @@ class Entry:
             placement.tiers,
             policy=self.policy,
             capacity=placement.capacity,
+            codec=self.codec if placement.has_disk else "raw",
             disk_path=settings.disk_path if placement.has_disk else None,
             config=config,
         )
@@ -130,11 +134,12 @@ def _find(name: str, settings: BenchSettings) -> Entry:
         raise ConfigError(
             f"contender {name!r} learns from a prompt's queries; use 'decode' with --prefill"
         )
-    preset = find_contender(name, "B").preset
+    found = find_contender(name, "B")
+    preset = found.preset
     if preset.sparse is not None:
         # A few layers stand for many, of which nearly all are sparse.
         preset = customised(preset, dense_layers=0)
-    return Entry(name, preset)
+    return Entry(name, preset, found.codec)
 
 
 def _has_device(settings: BenchSettings) -> bool:

@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--batch", "batches", "rows of a batch", **many)
     _add(parser, "--layers", "num_layers", "layers", type=positive_int, metavar="N")
     _add(parser, "--shape", "model", "whose layers", choices=SHAPES)
-    options = "POLICY, and after colons BUDGET, error=E, wait_us=T"
+    options = "POLICY, and after colons BUDGET, error=E, wait_us=T, codec=C"
     names = f"{', '.join(STOCK)}; {options}, of {', '.join(PRESETS)}; "
     text = f"{names}the others are compared with the first"
     parser.add_argument("--contenders", "--policies", nargs="+", metavar="C", help=text)

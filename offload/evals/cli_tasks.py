@@ -48,7 +48,8 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument(
         "--tokens", type=positive_int, nargs="+", default=[4096], metavar="N", help=text
     )
-    text = "POLICY, POLICY:BUDGET (a share such as 0.01, or tokens) or POLICY:error=E; exact "
+    text = "POLICY, and after colons BUDGET (a share such as 0.01, or tokens), error=E, wait_us=T, "
+    text += "codec=C; exact "
     text += f"always takes part (default: {' '.join(_POLICIES)})"
     parser.add_argument("--policies", nargs="+", default=_POLICIES, metavar="P", help=text)
     text = "answers to score per task and length (default: %(default)s)"
@@ -61,6 +62,11 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     parser.add_argument("--seed", type=int, default=0, metavar="N", help=text)
     text = "where the disk tier keeps its files (default: the user's cache folder)"
     parser.add_argument("--disk-path", type=Path, metavar="DIR", help=text)
+    text = (
+        "what the gpu and the cpu tier hold, as shares of the keys and values, such as 0.05 0.15;"
+    )
+    text += " the rest is on disk (default: what is free on this machine)"
+    parser.add_argument("--shares", type=_share, nargs=2, metavar=("GPU", "CPU"), help=text)
     add_outputs(parser)
 
 
@@ -92,7 +98,8 @@ def measure(args: argparse.Namespace, tasks: list[str]) -> list[TaskRow]:
     contenders = [find_contender(name, args.protocol) for name in policies]
     model, tokenizer = load_local_model(args.model, args.dtype, args.device)
     first_token_id = BOS_TOKEN_ID if args.model == RECALL else None
-    examiner = Examiner(model, tokenizer, first_token_id, disk_path=args.disk_path)
+    shares = None if args.shares is None else tuple(args.shares)
+    examiner = Examiner(model, tokenizer, first_token_id, disk_path=args.disk_path, shares=shares)
     rows: list[TaskRow] = []
     with tqdm(total=0, unit="document") as bar:
         for num_tokens in args.tokens:
@@ -103,6 +110,13 @@ def measure(args: argparse.Namespace, tasks: list[str]) -> list[TaskRow]:
                 bar.set_description(f"{task}, {num_tokens} tokens")
                 rows += compare(examiner, cases, num_tokens, exact, contenders, bar.update)
     return rows
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share from 0 to 1")
+    return share
 
 
 def _maker(model: str, task: str, examiner: Examiner) -> MakeCase:

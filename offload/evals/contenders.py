@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from offload.errors import ConfigError
 from offload.presets import PRESETS, Preset, customised
+from offload.tiers.codec_ladder import find_codec
 
 Protocol = Literal["B", "A"]
 
@@ -18,6 +19,8 @@ EXACT = "exact"
 
 _OPTIONS = {"error": "error", "wait_us": "max_wait_us"}
 """What may be written ``NAME=NUMBER`` after a policy, and what ``customised`` calls it."""
+
+_CODEC = "codec="
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +35,14 @@ class Contender:
         With the budget, and processing questions as the protocol says.
     asks_exactly : bool
         A question is processed exactly, in one forward pass.
+    codec : str
+        How the disk stores keys and values.
     """
 
     name: str
     preset: Preset
     asks_exactly: bool
+    codec: str = "raw"
 
     @property
     def piece_tokens(self) -> int | None:
@@ -45,7 +51,7 @@ class Contender:
 
 
 def find_contender(name: str, protocol: Protocol) -> Contender:
-    """Read ``POLICY``, and after colons a budget, ``error=`` or ``wait_us=``: ``adaptive:0.004``.
+    """Read ``POLICY`` and, after colons, a budget, ``error=``, ``wait_us=`` or ``codec=``.
 
     Parameters
     ----------
@@ -59,6 +65,8 @@ def find_contender(name: str, protocol: Protocol) -> Contender:
         There is no such policy, or it takes no such budget or option.
     """
     policy, *texts = name.split(":")
+    codecs = [text.removeprefix(_CODEC) for text in texts if text.startswith(_CODEC)]
+    texts = [text for text in texts if not text.startswith(_CODEC)]
     if policy not in PRESETS:
         raise ConfigError(f"unknown policy {policy!r}; known: {', '.join(PRESETS)}")
     preset = PRESETS[policy]
@@ -68,7 +76,8 @@ def find_contender(name: str, protocol: Protocol) -> Contender:
     if preset.sparse is not None and protocol == "A":
         # A call with more queries than this is exact, and a question has more than one token.
         preset = replace(preset, sparse=replace(preset.sparse, max_queries=1))
-    return Contender(name, preset, protocol == "A")
+    codec = find_codec(codecs[-1] if codecs else "raw").name
+    return Contender(name, preset, protocol == "A", codec)
 
 
 def _read_option(name: str, text: str) -> tuple[str, Any]:
@@ -77,7 +86,7 @@ def _read_option(name: str, text: str) -> tuple[str, Any]:
     if not equals:
         return "budget", _read_number(name, text)
     if key not in _OPTIONS:
-        raise ConfigError(f"{name!r}: unknown option {key!r}; known: {', '.join(_OPTIONS)}")
+        raise ConfigError(f"{name!r}: unknown option {key!r}; known: {', '.join(_OPTIONS)}, codec")
     return _OPTIONS[key], _read_number(name, number)
 
 

@@ -15,9 +15,14 @@ from offload.evals.cases import PREVIOUS, Case, Turn
 from offload.evals.contenders import Contender
 from offload.evals.reads import Call, Reads, count_reads
 from offload.prefill import prefill
+from offload.types import PAGE_BYTES, ChunkLayout
 
 _PREFILL_TOKENS = 512
 _CHUNK_TOKENS = 64
+_CONVERSATIONS = 2
+"""Caches with tails of their own that are open at a time: that of the document, and one fork."""
+_SPARE_CHUNKS = 16
+"""Staging, or write buffers, of so short a context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +87,12 @@ class Examiner:
     first_token_id : int, optional
         Put before every document, where the tokenizer does not.
     tiers : sequence of str
-        Of the caches; capacities are the default ones.
+        Of the caches.
     disk_path : Path, optional
+    shares : tuple of float, optional
+        What the ``gpu`` and the ``cpu`` tier hold, as shares of a document's keys and values; the
+        rest is on disk. What a step needs besides, such as growing chunks, is added. By default
+        capacities are the cache's own choice.
     """
 
     def __init__(
@@ -93,8 +102,10 @@ class Examiner:
         first_token_id: int | None = None,
         tiers: Sequence[str] = ("gpu", "cpu", "disk"),
         disk_path: Path | None = None,
+        shares: tuple[float, float] | None = None,
     ) -> None:
         self._model = model
+        self._shares = shares
         self._tokenizer = tokenizer
         self._tiers, self._disk_path = tiers, disk_path
         config: Any = model.config
@@ -112,6 +123,8 @@ class Examiner:
         with OffloadedCache(
             self._tiers,
             policy=contender.preset,
+            codec=contender.codec,
+            capacity=self._capacity(len(ids)),
             disk_path=self._disk_path,
             chunk_tokens=_CHUNK_TOKENS,
         ) as cache:
@@ -145,6 +158,21 @@ class Examiner:
             error_p95=stats.error_p95,
             num_checks=stats.num_checks,
         )
+
+    def _capacity(self, num_tokens: int) -> dict[str, int | str] | None:
+        if self._shares is None:
+            return None
+        config = self._model.config.get_text_config(decoder=True)
+        layers, dtype = int(config.num_hidden_layers), self._model.dtype
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        chunk = ChunkLayout(self._num_kv_heads, _CHUNK_TOKENS, dim, dim, dtype)
+        slots = layers * -(-num_tokens // _CHUNK_TOKENS)
+        beside = {"gpu": layers * _CONVERSATIONS + _SPARE_CHUNKS, "cpu": _SPARE_CHUNKS}
+        sizes: dict[str, int | str] = {
+            tier: int(share * slots * chunk.slot_bytes) + beside[tier] * chunk.slot_bytes
+            for tier, share in zip(("gpu", "cpu"), self._shares, strict=True)
+        }
+        return {**sizes, "disk": 2 * slots * (PAGE_BYTES + chunk.slot_bytes) + (1 << 20)}
 
     def _document(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]

@@ -50,10 +50,17 @@ def test_contender_takes_a_budget_and_a_deadline() -> None:
     assert found.preset == customised("adaptive", budget=0.02, max_wait_us=3000)
 
 
+def test_contender_takes_a_codec_of_the_disk() -> None:
+    found = find_contender("exact:codec=kivi4", "B")
+    assert (found.preset, found.codec) == (PRESETS["exact"], "kivi4")
+    assert find_contender("adaptive:0.02", "B").codec == "raw"
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("adaptive:speed=2", "unknown option 'speed'; known: error, wait_us"),
+        ("exact:codec=zip", "no codec 'zip'"),
+        ("adaptive:speed=2", "unknown option 'speed'; known: error, wait_us, codec"),
         ("fast", "unknown policy 'fast'; known: exact, adaptive"),
         ("adaptive:", "is no number"),
         ("adaptive:some", "is no number"),
