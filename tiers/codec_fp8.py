@@ -6,26 +6,26 @@ leaves 0x7E for infinity, 0xFE for minus infinity; 0x7F is NaN, as everywhere.
 
 Notes
 -----
-A scale per channel was measured and changes no digit of the error: an eight-bit float has the same
-relative precision over fifteen powers of two (docs/codecs.md).
+Measured (docs/codecs.md): a power of two per channel changes nothing, and a float16 scale per token
+or channel takes 2 to 3 % more bytes for 4 to 14 % less error, which is what bytes are worth.
 """
 
 import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from offload.errors import CorruptChunk
+from offload.tiers.codec_batch import Kernel, decode_units, encode_units, find_kernel
 from offload.tiers.codec_payload import (
     FLOATS,
     Bytes,
     check_shift,
-    check_size,
     check_unit,
-    decode_each,
     finite_peak,
     scaled,
     store,
@@ -42,10 +42,17 @@ _LARGEST = 416.0 / 512
 
 @dataclass(frozen=True)
 class Float8Codec:
-    """Encodes units of floats at a fixed rate, one byte per element."""
+    """Encodes units of floats at a fixed rate, one byte per element.
 
+    Parameters
+    ----------
+    is_compiled : bool
+        Whether to use kernels, where numba is installed; results do not differ.
+    """
+
+    is_compiled: bool = True
     name = "fp8"
-    number = 5
+    number = 3
     is_lossless = False
 
     def max_bytes(self, unit: Unit) -> int:  # noqa: D102 - docstring inherited
@@ -53,14 +60,17 @@ class Float8Codec:
         return _HEADER.size + unit.num_tokens * unit.shape[1]
 
     def encode(self, rows: Tensor, unit: Unit) -> list[bytes]:  # noqa: D102 - docstring inherited
-        check_unit(self.name, unit, FLOATS)
-        return [_encode(own.float(), unit) for own in rows]
+        size, encode = self.max_bytes(unit), partial(_encode, unit)
+        return encode_units(self._kernel("encode"), encode, rows, unit, size)
 
     def decode(  # noqa: D102 - docstring inherited
         self, payloads: Sequence[memoryview], unit: Unit, out: Tensor
     ) -> None:
-        check_unit(self.name, unit, FLOATS)
-        decode_each(self.name, lambda payload, rows: _decode(payload, unit, rows), payloads, out)
+        size, decode = self.max_bytes(unit), partial(_decode, unit)
+        decode_units(self.name, self._kernel("decode"), decode, payloads, unit, out, size)
+
+    def _kernel(self, function: str) -> Kernel | None:
+        return find_kernel("cpu_codec_fp8", function) if self.is_compiled else None
 
 
 def quantise(rows: Tensor) -> Tensor:
@@ -86,16 +96,15 @@ def _exponent(peak: float) -> int:
     return exponent - 9 + (fraction > _LARGEST) if peak else 0
 
 
-def _encode(rows: Tensor, unit: Unit) -> bytes:
+def _encode(unit: Unit, rows: Tensor) -> bytes:
     parts = rows.split([unit.key_dim, unit.value_dim], 1)
     exponents = [_exponent(finite_peak(part)) if part.numel() else 0 for part in parts]
     codes = [quantise(scaled(part, -exp)) for part, exp in zip(parts, exponents, strict=True)]
     return _HEADER.pack(_MODE, 0, *exponents) + torch.cat(codes, 1).numpy().tobytes()
 
 
-def _decode(payload: Bytes, unit: Unit, out: Tensor) -> None:
-    check_size(Float8Codec.name, payload, _HEADER.size + unit.num_tokens * unit.shape[1])
-    mode, zero, *exponents = _HEADER.unpack_from(payload)
+def _decode(unit: Unit, payload: Bytes, out: Tensor) -> None:
+    mode, zero, *exponents = _HEADER.unpack_from(payload.data)
     if mode != _MODE or zero or payload[6 : _HEADER.size].any():
         head = payload[: _HEADER.size].tolist()
         raise CorruptChunk(f"{Float8Codec.name}: a payload that begins with {head}")

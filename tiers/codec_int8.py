@@ -20,6 +20,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,19 +29,18 @@ from torch import Tensor
 
 from offload.errors import CorruptChunk
 from offload.kernels.kivi import KEYS, VALUES, Axis, grouped, half_above, spread
+from offload.tiers.codec_batch import Kernel, decode_units, encode_units, find_kernel
 from offload.tiers.codec_payload import (
     FLOATS,
     GAIN,
-    ZSTD_LEVEL,
     Bytes,
     check_scales,
     check_shift,
-    check_size,
     check_unit,
     choose_shift,
-    decode_each,
     decompress,
     finite_peak,
+    new_compressor,
     scale_shapes,
     scaled,
     store,
@@ -56,26 +56,43 @@ _LARGEST, _NAN = 127, -128
 
 @dataclass(frozen=True)
 class Int8Codec:
-    """Halves 16 bits, whatever they are, and saves more where codes repeat."""
+    """Halves 16 bits, whatever they are, and saves more where codes repeat.
 
+    Parameters
+    ----------
+    is_packing : bool
+        Whether to try zstd; payloads of either kind are decoded.
+    is_compiled : bool
+        Whether to use kernels, where numba is installed; results do not differ.
+    """
+
+    is_packing: bool = True
+    is_compiled: bool = True
     name = "int8"
     number = 2
     is_lossless = False
 
     def max_bytes(self, unit: Unit) -> int:  # noqa: D102 - docstring inherited
         check_unit(self.name, unit, FLOATS)
-        return _HEADER.size + 2 * _num_scales(unit) + unit.num_tokens * unit.shape[1]
+        return _codes_start(unit) + unit.num_tokens * unit.shape[1]
 
     def encode(self, rows: Tensor, unit: Unit) -> list[bytes]:  # noqa: D102 - docstring inherited
-        check_unit(self.name, unit, FLOATS)
-        compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True)
-        return [_encode(own.float(), unit, compressor) for own in rows]
+        size, encode = self.max_bytes(unit), partial(_encode, unit)
+        plain = encode_units(self._kernel("encode"), encode, rows, unit, size)
+        if not self.is_packing:
+            return plain
+        compressor, start = new_compressor(), _codes_start(unit)
+        return [_pack(payload, start, compressor) for payload in plain]
 
     def decode(  # noqa: D102 - docstring inherited
         self, payloads: Sequence[memoryview], unit: Unit, out: Tensor
     ) -> None:
-        check_unit(self.name, unit, FLOATS)
-        decode_each(self.name, lambda payload, rows: _decode(payload, unit, rows), payloads, out)
+        size, decode = self.max_bytes(unit), partial(_decode, unit)
+        plain = [_unpack(np.frombuffer(payload, np.uint8), unit, size) for payload in payloads]
+        decode_units(self.name, self._kernel("decode"), decode, plain, unit, out, size)
+
+    def _kernel(self, function: str) -> Kernel | None:
+        return find_kernel("cpu_codec_int8", function) if self.is_compiled else None
 
 
 def quantise(rows: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
@@ -108,47 +125,55 @@ def dequantise(codes: Tensor, scales: Tensor, axis: Axis) -> Tensor:
     return rows.where(~own.signbit() | (size != -_NAN), torch.nan)
 
 
-def _encode(rows: Tensor, unit: Unit, compressor: zstandard.ZstdCompressor) -> bytes:
+def _pack(payload: bytes, start: int, compressor: zstandard.ZstdCompressor) -> bytes:
+    """Return a payload with its codes compressed, if they become so much less."""
+    codes = memoryview(payload)[start:]
+    frame = compressor.compress(codes)
+    if len(frame) > GAIN * len(codes):
+        return payload
+    return b"".join((bytes([PACKED]), payload[1:start], frame))
+
+
+def _unpack(payload: Bytes, unit: Unit, size: int) -> Bytes:
+    """Return a plain payload of ``size`` bytes."""
+    start = _codes_start(unit)
+    if len(payload) <= start or payload[0] != PACKED:
+        return payload
+    codes = decompress(Int8Codec.name, payload[start:], size - start)
+    mode = np.array([PLAIN], np.uint8)
+    return np.concatenate([mode, payload[1:start], codes])
+
+
+def _encode(unit: Unit, rows: Tensor) -> bytes:
     shift = choose_shift(finite_peak(rows))
     keys, values = scaled(rows, -shift).split([unit.key_dim, unit.value_dim], 1)
     key_codes, key_scales = quantise(keys, KEYS)
     value_codes, value_scales = quantise(values, VALUES)
-    scales = b"".join(part.numpy().tobytes() for part in (key_scales, value_scales))
-    codes = torch.cat([key_codes, value_codes], 1).numpy()
-    frame = compressor.compress(codes)
-    if len(frame) <= GAIN * codes.nbytes:
-        return b"".join((_HEADER.pack(PACKED, 0, shift), scales, frame))
-    return b"".join((_HEADER.pack(PLAIN, 0, shift), scales, codes))
+    parts = (key_scales, value_scales, torch.cat([key_codes, value_codes], 1))
+    return _HEADER.pack(PLAIN, 0, shift) + b"".join(part.numpy().tobytes() for part in parts)
 
 
-def _decode(payload: Bytes, unit: Unit, out: Tensor) -> None:
-    codes, scales, shift = _parse(payload, unit)
-    of_keys, of_values = scale_shapes(unit, GROUP)
-    key_scales, value_scales = scales.split([math.prod(of_keys), math.prod(of_values)])
-    key_codes, value_codes = codes.split([unit.key_dim, unit.value_dim], 1)
-    keys = dequantise(key_codes, key_scales.view(of_keys), KEYS)
-    values = dequantise(value_codes, value_scales.view(of_values), VALUES)
-    store(torch.cat([keys, values], 1), out, shift)
-
-
-def _parse(payload: Bytes, unit: Unit) -> tuple[Tensor, Tensor, int]:
-    """Return codes, scales and shift of a payload."""
-    name, num_scales = Int8Codec.name, _num_scales(unit)
-    start, num_codes = _HEADER.size + 2 * num_scales, unit.num_tokens * unit.shape[1]
-    if len(payload) <= start:
-        raise CorruptChunk(f"{name}: a payload of {len(payload)} bytes, not more than {start}")
-    mode, zero, shift = _HEADER.unpack_from(payload)
-    check_shift(name, shift)
-    if mode not in (PLAIN, PACKED) or zero:
-        raise CorruptChunk(f"{name}: a payload that begins with {mode}, {zero}")
-    codes = payload[start:]
-    if mode == PACKED:
-        codes = decompress(name, codes, num_codes)
-    check_size(name, codes, num_codes)
+def _decode(unit: Unit, payload: Bytes, out: Tensor) -> None:
+    mode, zero, shift = _HEADER.unpack_from(payload.data)
+    if mode != PLAIN or zero:
+        raise CorruptChunk(f"{Int8Codec.name}: a payload that begins with {mode}, {zero}")
+    check_shift(Int8Codec.name, shift)
+    start, shapes = _codes_start(unit), scale_shapes(unit, GROUP)
     scales = torch.from_numpy(payload[_HEADER.size : start].copy().view(np.float16))
-    check_scales(name, scales)
-    return torch.from_numpy(codes.copy()).view(torch.int8).view(unit.shape), scales, shift
+    check_scales(Int8Codec.name, scales)
+    codes = torch.from_numpy(payload[start:].view(np.int8)).view(unit.shape)
+    parts = [
+        dequantise(own, own_scales.view(shape), axis)
+        for own, own_scales, shape, axis in zip(
+            codes.split([unit.key_dim, unit.value_dim], 1),
+            scales.split([math.prod(shape) for shape in shapes]),
+            shapes,
+            (KEYS, VALUES),
+            strict=True,
+        )
+    ]
+    store(torch.cat(parts, 1), out, shift)
 
 
-def _num_scales(unit: Unit) -> int:
-    return sum(math.prod(shape) for shape in scale_shapes(unit, GROUP))
+def _codes_start(unit: Unit) -> int:
+    return _HEADER.size + 2 * sum(math.prod(shape) for shape in scale_shapes(unit, GROUP))

@@ -14,7 +14,7 @@ bytes           content
 2 per group     zeros of keys
 2 per group     scales of values ``[num_tokens, channel groups]``
 2 per group     zeros of values
-the rest        codes of keys ``[num_tokens, ...]``, codes of values
+the rest        codes ``[num_tokens, bytes of a key and of its value]``
 ==============  ====================================================================================
 
 Notes
@@ -28,6 +28,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ from torch import Tensor
 
 from offload.errors import CorruptChunk
 from offload.kernels.kivi import GROUP, KEYS, VALUES, Bits, Kivi, dequantise, quantise
+from offload.tiers.codec_batch import Kernel, decode_units, encode_units, find_kernel
 from offload.tiers.codec_payload import (
     FLOATS,
     Bytes,
@@ -44,7 +46,6 @@ from offload.tiers.codec_payload import (
     check_size,
     check_unit,
     choose_shift,
-    decode_each,
     finite_peak,
     scale_shapes,
     scaled,
@@ -71,9 +72,12 @@ class KiviCodec:
     Parameters
     ----------
     num_bits : {4, 2}
+    is_compiled : bool
+        Whether to use kernels, where numba is installed; results do not differ.
     """
 
     num_bits: Bits
+    is_compiled: bool = True
     is_lossless = False
 
     @property
@@ -83,31 +87,22 @@ class KiviCodec:
 
     @property
     def number(self) -> int:
-        """3 or 4."""
-        return {4: 3, 2: 4}[self.num_bits]
+        """4 or 5."""
+        return {4: 4, 2: 5}[self.num_bits]
 
     def max_bytes(self, unit: Unit) -> int:  # noqa: D102 - docstring inherited
         check_unit(self.name, unit, FLOATS)
         return _HEADER.size + sum(_sizes(unit, self.num_bits))
 
     def encode(self, rows: Tensor, unit: Unit) -> list[bytes]:  # noqa: D102 - docstring inherited
-        check_unit(self.name, unit, FLOATS)
-        return [self._encode(own.float(), unit) for own in rows]
+        size, encode = self.max_bytes(unit), partial(self._encode, unit)
+        return encode_units(self._kernel("encode"), encode, rows, unit, size)
 
     def decode(  # noqa: D102 - docstring inherited
         self, payloads: Sequence[memoryview], unit: Unit, out: Tensor
     ) -> None:
-        check_unit(self.name, unit, FLOATS)
-
-        def decode(payload: Bytes, rows: Tensor) -> None:
-            keys, values, shift = self.parse(payload, unit)
-            parts = (
-                dequantise(keys, self.num_bits, KEYS, unit.key_dim),
-                dequantise(values, self.num_bits, VALUES, unit.value_dim),
-            )
-            store(torch.cat(parts, 1), rows, shift)
-
-        decode_each(self.name, decode, payloads, out)
+        size, decode = self.max_bytes(unit), partial(self._decode, unit)
+        decode_units(self.name, self._kernel("decode"), decode, payloads, unit, out, size)
 
     def parse(self, payload: Bytes, unit: Unit) -> Parsed:
         """Return what a payload holds, which is what ``attend_kivi`` attends to.
@@ -119,7 +114,7 @@ class KiviCodec:
         """
         sizes = _sizes(unit, self.num_bits)
         check_size(self.name, payload, _HEADER.size + sum(sizes))
-        mode, zero, shift = _HEADER.unpack_from(payload)
+        mode, zero, shift = _HEADER.unpack_from(payload.data)
         if mode != _MODE or zero or payload[4 : _HEADER.size].any():
             raise CorruptChunk(f"{self.name}: a payload that begins with {payload[:16].tolist()}")
         check_shift(self.name, shift)
@@ -128,32 +123,43 @@ class KiviCodec:
         for part in scales:
             check_scales(self.name, part)
         of_keys, of_values = scale_shapes(unit, GROUP)
-        widths = [size // unit.num_tokens for size in sizes[4:]]
-        codes, value_codes = (
-            torch.from_numpy(part).view(unit.num_tokens, width)
-            for part, width in zip(parts[4:], widths, strict=True)
-        )
+        codes = torch.from_numpy(parts[4]).view(unit.num_tokens, -1)
+        codes, value_codes = codes.split(list(_widths(unit, self.num_bits)), 1)
         return Parsed(
             Kivi(codes, *(part.view(of_keys) for part in scales[:2])),
             Kivi(value_codes, *(part.view(of_values) for part in scales[2:])),
             shift,
         )
 
-    def _encode(self, rows: Tensor, unit: Unit) -> bytes:
+    def _encode(self, unit: Unit, rows: Tensor) -> bytes:
         shift = choose_shift(finite_peak(rows))
         keys, values = scaled(rows, -shift).split([unit.key_dim, unit.value_dim], 1)
-        key, value = (
-            quantise(keys, self.num_bits, KEYS),
-            quantise(values, self.num_bits, VALUES),
-        )
-        parts = (key.scales, key.zeros, value.scales, value.zeros, key.codes, value.codes)
+        key = quantise(keys, self.num_bits, KEYS)
+        value = quantise(values, self.num_bits, VALUES)
+        codes = torch.cat([key.codes, value.codes], 1)
+        parts = (key.scales, key.zeros, value.scales, value.zeros, codes)
         header = _HEADER.pack(_MODE, 0, shift)
         return header + b"".join(part.numpy().tobytes() for part in parts)
+
+    def _decode(self, unit: Unit, payload: Bytes, rows: Tensor) -> None:
+        keys, values, shift = self.parse(payload, unit)
+        parts = (
+            dequantise(keys, self.num_bits, KEYS, unit.key_dim),
+            dequantise(values, self.num_bits, VALUES, unit.value_dim),
+        )
+        store(torch.cat(parts, 1), rows, shift)
+
+    def _kernel(self, function: str) -> Kernel | None:
+        return find_kernel("cpu_codec_kivi", function, self.num_bits) if self.is_compiled else None
 
 
 def _sizes(unit: Unit, num_bits: Bits) -> tuple[int, ...]:
     """Return the bytes of each part after the header."""
     keys, values = (2 * math.prod(shape) for shape in scale_shapes(unit, GROUP))
-    widths = (-(-dim * num_bits // 8) for dim in (unit.key_dim, unit.value_dim))
-    codes = (unit.num_tokens * width for width in widths)
-    return (keys, keys, values, values, *codes)
+    codes = unit.num_tokens * sum(_widths(unit, num_bits))
+    return (keys, keys, values, values, codes)
+
+
+def _widths(unit: Unit, num_bits: Bits) -> tuple[int, int]:
+    """Return the bytes of the codes of a key and of a value."""
+    return -(-unit.key_dim * num_bits // 8), -(-unit.value_dim * num_bits // 8)

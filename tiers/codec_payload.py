@@ -17,7 +17,7 @@ Bytes = NDArray[np.uint8]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """What lossy codecs encode."""
 
-ZSTD_LEVEL = 1
+_ZSTD_LEVEL = 1
 """Higher ones take longer and find no more in exponents and codes."""
 
 GAIN = 0.92
@@ -83,6 +83,11 @@ def check_size(codec: str, payload: Bytes, num_bytes: int) -> None:
         raise CorruptChunk(f"{codec}: a payload of {len(payload)} bytes, not {num_bytes}")
 
 
+def new_compressor() -> zstandard.ZstdCompressor:
+    """Return a compressor whose frames ``decompress`` takes; for one thread."""
+    return zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_content_size=True)
+
+
 def decompress(codec: str, frame: Bytes, num_bytes: int) -> Bytes:
     """Return what a zstd frame holds.
 
@@ -92,11 +97,11 @@ def decompress(codec: str, frame: Bytes, num_bytes: int) -> Bytes:
         It is no frame of so many bytes, or is followed by others.
     """
     try:
-        stated = zstandard.frame_content_size(frame)
+        stated = zstandard.frame_content_size(frame.data)
         # Checked first: the decompressor makes room for whatever the frame says.
         if stated != num_bytes:
             raise CorruptChunk(f"{codec}: a frame of {stated} bytes, not {num_bytes}")
-        found = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+        found = zstandard.ZstdDecompressor().decompress(frame.data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CorruptChunk(f"{codec}: {len(frame)} bytes are no zstd frame: {error}") from error
     return np.frombuffer(found, np.uint8)
@@ -137,7 +142,10 @@ def check_scales(codec: str, scales: Tensor) -> None:
 
 def scaled(rows: Tensor, shift: int) -> Tensor:
     """Return float32 rows times two to the power of ``shift``, however large that is."""
-    return torch.from_numpy(np.ldexp(rows.numpy(), shift)) if shift else rows
+    if not shift:
+        return rows
+    with np.errstate(all="ignore"):  # what is not finite, or vanishes next to the largest
+        return torch.from_numpy(np.ldexp(rows.numpy(), shift))
 
 
 def finite_peak(rows: Tensor) -> float:

@@ -17,8 +17,10 @@ from offload.tiers.base import Tier
 from offload.tiers.io_engine import IoEngine, Job
 from offload.tiers.io_plan import MIN_SHARE, Operation
 from offload.tiers.record import RecordFormat
+from offload.tiers.record_fill import Buffer
 from offload.tiers.record_io import ChooseCodec, KnownHeaders, Place, RecordIo
-from offload.tiers.record_parts import Buffer, Part, first_parts, plan_parts, read_parts
+from offload.tiers.record_part import Part
+from offload.tiers.record_parts import first_parts, plan_parts, read_parts
 from offload.tiers.requests import check_buffers, describe
 from offload.tiers.segment import SegmentTable, locate, slot_at
 from offload.tiers.segment_files import SegmentFiles

@@ -1,8 +1,10 @@
 """Payloads of records that are not raw: encoded as a whole, decoded unit by unit."""
 
 from array import array
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
+import numpy as np
 from torch import Tensor
 
 from offload.tiers.codec_ladder import codec_of
@@ -66,22 +68,22 @@ def decode_record(fmt: RecordFormat, stored: Stored, payload: memoryview, out: T
         The units are verified and still nothing that the codec writes.
     """
     kept = memoryview(bytes(payload[: stored.payload_bytes]))
-    decode_units(fmt, stored, kept, 0, out[: fmt.payload_bytes])
+    units = [kept[start:end] for start, end in pairwise(stored.starts)]
+    decode_units(fmt, stored.codec, stored.unit_tokens, units, out[: fmt.payload_bytes])
 
 
 def decode_units(
-    fmt: RecordFormat, stored: Stored, data: memoryview, first: int, out: Tensor
+    fmt: RecordFormat, codec: int, unit_tokens: int, units: Sequence[memoryview], out: Tensor
 ) -> None:
-    """Decode consecutive units, those of raw records by copying them.
+    """Decode units of one kind, raw ones by copying them.
 
     Parameters
     ----------
     fmt : RecordFormat
-    stored : Stored
-    data : memoryview
-        The bytes of these units, verified.
-    first : int
-        The unit that ``data`` starts with.
+    codec, unit_tokens : int
+        What kind they are of.
+    units : sequence of memoryview
+        The bytes of each, verified.
     out : Tensor, uint8
         As many units, decoded; contiguous.
 
@@ -90,11 +92,8 @@ def decode_units(
     CorruptChunk
         As ``decode_record``.
     """
-    if not stored.codec:
-        out.numpy().data[:] = data
+    unit = fmt.unit(unit_tokens)
+    if not codec:
+        out.numpy()[:] = np.frombuffer(b"".join(units), np.uint8)
         return
-    unit = fmt.unit(stored.unit_tokens)
-    rows = out.view(fmt.layout.dtype).view(-1, *unit.shape)
-    starts = stored.starts[first : first + len(rows) + 1]
-    units = [data[start - starts[0] : end - starts[0]] for start, end in pairwise(starts)]
-    codec_of(stored.codec).decode(units, unit, rows)
+    codec_of(codec).decode(units, unit, out.view(fmt.layout.dtype).view(-1, *unit.shape))

@@ -1,72 +1,24 @@
 """Read parts of records: runs of tokens of single KV heads, verifying little else."""
 
-import os
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from offload.errors import ConfigError
-from offload.tiers.aio import thread_queue
-from offload.tiers.io_plan import MAX_OP_BUFFERS, MAX_OP_BYTES, join_pieces, share_out
-from offload.tiers.pool import page_aligned
+from offload.tiers.io_plan import MAX_OP_BUFFERS, MAX_OP_BYTES, share_out
 from offload.tiers.record import RecordFormat, Stored, check_units
-from offload.tiers.record_codec import decode_units
+from offload.tiers.record_fill import Buffer, fill
 from offload.tiers.record_header import check_header
-from offload.tiers.record_io import Place, RecordIo, view
-from offload.tiers.syscalls import read_fully
-from offload.types import PAGE_BYTES, ChunkInfo, round_up
+from offload.tiers.record_io import Place, RecordIo
+from offload.tiers.record_part import Part
+from offload.tiers.record_runs import read_runs
+from offload.types import PAGE_BYTES
 
 _SPILL_BYTES = 8 * PAGE_BYTES
 """A gap of so many bytes is read as fast as it is skipped by another system call, for less CPU."""
 
 _MAX_SHARE = MAX_OP_BUFFERS // 4
 """Parts whose headers and bytes, and the gaps between them, fit into one system call."""
-
-
-class Buffer(NamedTuple):
-    """Host memory that a part is read into.
-
-    Attributes
-    ----------
-    address : int
-    bytes : memoryview
-        Contiguous.
-    """
-
-    address: int
-    bytes: memoryview
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of it."""
-        return len(self.bytes)
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Buffer":
-        """Return the memory of a contiguous ``uint8`` tensor, which must outlive it."""
-        return cls(tensor.data_ptr(), view(tensor))
-
-
-class Part(NamedTuple):
-    """What is wanted of one record.
-
-    Attributes
-    ----------
-    place : tuple of int
-        Segment and index.
-    info : ChunkInfo
-    first : int
-        The unit of a raw record that it starts with.
-    out : Buffer
-        For whole units of a raw record.
-    """
-
-    place: Place
-    info: ChunkInfo
-    first: int
-    out: Buffer
 
 
 def plan_parts(
@@ -106,7 +58,7 @@ def read_parts(parts: Sequence[Part], io: RecordIo, scratch: memoryview) -> None
     if plain:
         coarse += _read_plain(io, plain, scratch)
     if coarse:
-        _read_coarse(io, coarse)
+        read_runs(io, coarse, scratch)
 
 
 def first_parts(
@@ -159,11 +111,11 @@ def _read_plain(
         start = io.start_of(part.place)
         if stored is None and part.place not in headers:
             at = _SPILL_BYTES + len(headers) * PAGE_BYTES
-            page = Buffer(spare.address + at, scratch[at : at + PAGE_BYTES])
+            page = spare.part(at, PAGE_BYTES)
             headers[part.place] = page.bytes
             pieces.append((start, page))
         pieces.append((start + PAGE_BYTES + part.first * fmt.unit_bytes, part.out))
-    _fill(io, parts[0][0].place[0], pieces, spill)
+    fill(io, parts[0][0].place[0], pieces, spill)
     found: dict[Place, Stored] = {}
     coarse = []
     for part, stored in parts:
@@ -177,61 +129,3 @@ def _read_plain(
     if io.headers is not None:
         io.headers |= found
     return coarse
-
-
-def _fill(
-    io: RecordIo, segment: int, pieces: Sequence[tuple[int, Buffer]], spill: memoryview
-) -> None:
-    """Read pieces of a file, each at its offset, all at once if the kernel does that."""
-    addresses = np.array([buffer.address for _, buffer in pieces], np.int64)
-    is_aligned = io.fmt.unit_bytes % PAGE_BYTES == 0 and not (addresses % PAGE_BYTES).any()
-
-    def move(fd: int, file: str) -> None:
-        queue = thread_queue() if is_aligned and io.is_direct else None
-        if queue is not None and io.preadv is os.preadv:
-            offsets = np.array([offset for offset, _ in pieces], np.int64)
-            sizes = np.array([len(buffer.bytes) for _, buffer in pieces], np.int64)
-            if queue.read(fd, offsets, addresses, sizes):
-                return
-        for offset, buffers in join_pieces([(at, buffer.bytes) for at, buffer in pieces], spill):
-            read_fully(fd, buffers, offset, file, io.preadv)
-
-    io.on_file(segment, move, writing=False, is_aligned=is_aligned)
-
-
-def _read_coarse(io: RecordIo, parts: Sequence[tuple[Part, Stored]]) -> None:
-    """Read the units that parts lie in, decode them, and copy what is wanted; each run once."""
-    fmt = io.fmt
-    row_bytes = fmt.unit_bytes // fmt.unit_tokens
-    wanted: dict[tuple[Place, int, int], list[tuple[Part, int]]] = {}
-    stored_at = {}
-    for part, stored in parts:
-        first_token = part.first * fmt.unit_tokens
-        end_token = first_token + len(part.out.bytes) // row_bytes
-        first, end = first_token // stored.unit_tokens, -(-end_token // stored.unit_tokens)
-        skipped = (first_token - first * stored.unit_tokens) * row_bytes
-        wanted.setdefault((part.place, first, end), []).append((part, skipped))
-        stored_at[part.place] = stored
-    for (place, first, end), those in wanted.items():
-        stored = stored_at[place]
-        rows = page_aligned((end - first) * stored.unit_tokens * row_bytes)
-        decode_units(fmt, stored, _read_units(io, place, stored, first, end), first, rows)
-        decoded = view(rows)
-        for part, skipped in those:
-            part.out.bytes[:] = decoded[skipped : skipped + len(part.out.bytes)]
-
-
-def _read_units(io: RecordIo, place: Place, stored: Stored, first: int, end: int) -> memoryview:
-    """Return verified units of one record, as they are stored."""
-    begin, stop = stored.starts[first], stored.starts[end]
-    lead = begin % PAGE_BYTES
-    memory = page_aligned(round_up(lead + stop - begin)).numpy().data
-    offset = io.start_of(place) + PAGE_BYTES + begin - lead
-
-    def move(fd: int, file: str) -> None:
-        read_fully(fd, [memory], offset, file, io.preadv)
-
-    io.on_file(place[0], move, writing=False, is_aligned=True)
-    units = memory[lead : lead + stop - begin]
-    check_units(units, io.fmt, stored, first)
-    return units

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from offload.errors import ConfigError
-from offload.tiers.record_parts import Buffer
+from offload.tiers.record_fill import Buffer
 from offload.types import ChunkInfo, SlotId
 
 

@@ -93,7 +93,7 @@ def supports_direct_io(directory: Path) -> bool:
     """
     page = mmap.mmap(-1, PAGE_BYTES)
     try:
-        fd = _open_nameless(directory)
+        fd = open_nameless(directory)
         try:
             flags = fcntl.fcntl(fd, fcntl.F_GETFL) | getattr(os, "O_DIRECT", 0)
             fcntl.fcntl(fd, fcntl.F_SETFL, flags)
@@ -106,7 +106,7 @@ def supports_direct_io(directory: Path) -> bool:
         raise ConfigError(f"cannot write in {directory}: {error.strerror}") from error
 
 
-def _open_nameless(directory: Path) -> int:
+def open_nameless(directory: Path) -> int:
     """Open a new file that is gone when it is closed, even if the process is killed."""
     if hasattr(os, "O_TMPFILE"):
         with contextlib.suppress(OSError):  # the other way says what is wrong

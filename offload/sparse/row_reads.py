@@ -11,7 +11,7 @@ from offload.errors import OffloadError, TransferTimeout
 from offload.sparse.row_keys import Ints, RowKeys, Rows
 from offload.store import ChunkStore
 from offload.tiers.base import ReadsParts
-from offload.tiers.record_parts import Buffer
+from offload.tiers.record_fill import Buffer
 from offload.tiers.transfer import Transfer
 from offload.types import ChunkId, round_up
 

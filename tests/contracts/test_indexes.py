@@ -7,10 +7,12 @@ from torch import Tensor
 from offload.errors import ConfigError
 from offload.index.base import KeyIndex
 from offload.index.bounds import BoundsIndex
+from offload.index.boxes import BLOCK_LEAVES
 from offload.index.clusters import SEGMENT_TOKENS, ClusterIndex
 from offload.index.mean import MeanIndex
 from offload.index.residual import ResidualIndex
 from offload.index.topk import TopKIndex
+from offload.index.tree import TreeIndex
 from tests.contracts.index_contract import (
     IndexContract,
     TailContract,
@@ -76,6 +78,27 @@ class TestBoundsIndex(IndexContract):
         keys, query = random_rows(2, 50, 64), random_rows(2, 4, 64, seed=1)
         index = BoundsIndex.build(keys, keys, chunk_tokens=1)
         torch.testing.assert_close(index.bounds(query), torch.bmm(query, keys.mT))
+
+
+class TestTreeIndex(IndexContract):
+    aligned_tokens = 32
+
+    def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
+        return TreeIndex.build(keys, values, leaf_tokens=16)
+
+
+class TestDeepTreeIndexOfCodes(IndexContract):
+    aligned_tokens = 8 * BLOCK_LEAVES
+
+    def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
+        return TreeIndex.build(keys, values, leaf_tokens=8, num_levels=3, bits=8, patience=6)
+
+
+class TestTreeIndexOfALayer(IndexContract):
+    aligned_tokens = 8
+
+    def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
+        return TreeIndex.build(keys, values, leaf_tokens=8, scope="layer")
 
 
 class TestMeanIndex(IndexContract):

@@ -292,13 +292,14 @@ def test_index_that_grew_and_was_compacted_equals_one_built_at_once(
         assert runtime.engine.retrieval is not None
         indexes = runtime.engine.retrieval._indexes
         assert indexes is not None
-        assert plan.index is not None
-        builder = IndexBuilder(runtime.engine.store, torch.device("cpu"), plan.index)
+        builder = IndexBuilder(runtime.engine.store, torch.device("cpu"))
         assert len(indexes._joined) == len(runtime.layers)
         for segments, grown in indexes._joined.items():
             assert [len(segment) * SIZE for segment in segments] == [1024, *[256] * 4]
             heads = tuple(range(model.config.num_key_value_heads))
-            parts = [builder.finish(Job(segment, heads)) for segment in segments]
+            recipe = plan.recipe(runtime.engine.store.table[segments[0][0]].info.layer)
+            assert recipe is not None
+            parts = [builder.finish(Job(segment, heads, recipe)) for segment in segments]
             fresh = type(grown).join(parts)
             assert fresh.meta() == grown.meta()
             for name, tensor in fresh.tensors().items():

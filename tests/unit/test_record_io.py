@@ -11,8 +11,10 @@ from offload.tiers.io_engine import SCRATCH_PAGES
 from offload.tiers.io_plan import MAX_OP_BYTES
 from offload.tiers.pool import page_aligned
 from offload.tiers.record import RecordFormat
+from offload.tiers.record_fill import Buffer
 from offload.tiers.record_io import KnownHeaders, RecordIo
-from offload.tiers.record_parts import Buffer, Part, plan_parts, read_parts
+from offload.tiers.record_part import Part
+from offload.tiers.record_parts import plan_parts, read_parts
 from offload.tiers.segment_files import SegmentFiles
 from offload.types import PAGE_BYTES, ChunkInfo, ChunkLayout
 
