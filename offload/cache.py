@@ -51,7 +51,8 @@ class OffloadedCache(Cache):
         late is estimated. By default everything is waited for.
     codec : str
         How the disk stores keys and values: ``"raw"``, the lossless ``"bf16x"``, or ``"int8"``,
-        ``"fp8"``, ``"kivi4"``, ``"kivi2"`` (``docs/codecs.md``).
+        ``"fp8"``, ``"kivi4"``, ``"kivi2"`` (``docs/codecs.md``); ``"auto"`` measures the disk and
+        encodes as much as makes reading faster, without loss for a policy that reads everything.
     capacity : mapping of str to int or str, optional
         Hard limit per tier, such as ``{"gpu": "2GiB", "cpu": "8GiB", "disk": "200GiB"}``. Tiers
         that are not named get a share of what is free, never more than half.

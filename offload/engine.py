@@ -7,6 +7,8 @@ import torch
 
 from offload.errors import CapacityError
 from offload.loader import StagingLoader
+from offload.pipeline_control import PipelineControl
+from offload.pipeline_start import open_control
 from offload.prefetch.stream import ChunkStream
 from offload.presets import Preset
 from offload.sparse.retrieval import Retrieval
@@ -27,6 +29,9 @@ from offload.tiers.scratch import ScratchDir
 from offload.types import ChunkLayout
 from offload.working_set import WorkingSet, plan_row_memory, plan_working_set
 
+AUTO = "auto"
+"""A codec: whatever the model of the pipeline says."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -45,7 +50,7 @@ class EngineConfig:
     faults : FaultPlan or None
         What the disk tier is to suffer, to try out a failing disk.
     codec : str
-        How the disk tier stores chunks; a name of ``codec_ladder``.
+        How the disk tier stores chunks: a name of ``codec_ladder``, or ``AUTO``.
     """
 
     capacities: dict[str, int]
@@ -96,6 +101,8 @@ class Engine:
         self._num_layers = num_layers
         self.disk: DiskTier | None = None
         """The disk tier, if there is one: it can adopt the records of saved sessions."""
+        codec = find_codec("raw" if config.codec == AUTO else config.codec)
+        self._codecs = CodecChoice(layout.chunk_tokens, codec)
         self.tiers = self._build_tiers(sizes, tail_bytes)
         try:
             self._open(sizes)
@@ -119,6 +126,7 @@ class Engine:
             config.deadline_s,
         )
         self._peaks = [0] * len(self.tiers)
+        self.pipeline = self._open_pipeline()
         self.rows = self._open_rows()
         sparse = config.preset.sparse
         self.retrieval = (
@@ -280,7 +288,29 @@ class Engine:
             return None
         place = torch.device("cpu") if sparse.placement == "host" else self.device
         tokens = self.config.preset.rows.piece_tokens
-        return RowReader(self.store, place, self._row_memory, tokens)
+        if self.pipeline is None:
+            return RowReader(self.store, place, self._row_memory, tokens)
+        limit = self.pipeline.layer_begins
+        return RowReader(self.store, place, self._row_memory, tokens, limit)
+
+    def _open_pipeline(self) -> PipelineControl | None:
+        """Return what watches reads from the disk, where single rows are read or it chooses."""
+        config, is_auto = self.config, self.config.codec == AUTO
+        if self.disk is None or not (
+            is_auto or (config.preset.sparse and config.preset.sparse.index)
+        ):
+            return None
+        assert config.scratch is not None
+        return open_control(
+            config.preset,
+            self.layout,
+            self.disk,
+            self.counters,
+            self._codecs,
+            config.scratch.path,
+            is_auto=is_auto,
+            is_shared=self.device.type == "cpu",
+        )
 
     def _build_tiers(self, sizes: WorkingSet, tail_bytes: int) -> list[Tier]:
         layout, capacities = self.layout, self.config.capacities
@@ -308,7 +338,7 @@ class Engine:
                 capacity_bytes=capacities["disk"],
                 layout=layout,
                 deadline_s=self.config.deadline_s,
-                choose_codec=CodecChoice(layout.chunk_tokens, find_codec(self.config.codec)),
+                choose_codec=self._codecs,
             )
             faults = self.config.faults
             tiers.append(self.disk if faults is None else FaultyTier(self.disk, faults))

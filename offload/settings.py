@@ -8,7 +8,7 @@ from typing import TypedDict
 import torch
 
 from offload.config import parse_size
-from offload.engine import EngineConfig
+from offload.engine import AUTO, EngineConfig
 from offload.errors import ConfigError
 from offload.machine import default_capacities, survey
 from offload.presets import Preset, customised
@@ -74,7 +74,7 @@ def check_capacity(
 
 def check_codec(codec: str, tiers: Sequence[str]) -> None:
     """Raise ConfigError if there is no such codec, or no tier that could use it."""
-    if find_codec(codec).number and "disk" not in tiers:
+    if (codec == AUTO or find_codec(codec).number) and "disk" not in tiers:
         raise ConfigError(f"codec={codec!r} is for the tier 'disk'; tiers: {list(tiers)}")
 
 

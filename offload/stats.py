@@ -218,6 +218,9 @@ class CacheStats:
         Their relative errors, see ``ErrorStats``.
     rows : RowStats
         How the disk was read.
+    pipeline : dict or None
+        What the stages of reading take, and what the model of them expects, as
+        ``PipelineStats.to_dict`` gives it; None where single rows are not read from a disk.
     """
 
     tiers: dict[str, TierStats]
@@ -241,3 +244,4 @@ class CacheStats:
     error_median: float = 0.0
     error_p95: float = 0.0
     rows: RowStats = field(default_factory=RowStats)
+    pipeline: dict[str, Any] | None = None

@@ -16,6 +16,7 @@ from offload.tiers.aio import thread_queue
 from offload.tiers.base import Tier
 from offload.tiers.io_engine import IoEngine, Job
 from offload.tiers.io_plan import MIN_SHARE, Operation
+from offload.tiers.read_meter import ReadMeter
 from offload.tiers.record import RecordFormat
 from offload.tiers.record_fill import Buffer
 from offload.tiers.record_io import ChooseCodec, KnownHeaders, Place, RecordIo
@@ -99,7 +100,8 @@ class DiskTier(Tier):
         self._files = SegmentFiles(directory)
         self._calls = (preadv, pwritev)
         self._headers: KnownHeaders = {}
-        self._io = RecordIo(self._files, fmt, *self._calls, self._headers, choose_codec)
+        self.meter = ReadMeter()
+        self._io = RecordIo(self._files, fmt, *self._calls, self._headers, choose_codec, self.meter)
         self.part_bytes = fmt.unit_bytes
         """Bytes of the smallest part that can be read and verified by itself."""
         self.parts_per_head = fmt.units_per_head
@@ -183,7 +185,7 @@ class DiskTier(Tier):
             number = self._adopted.number_of(
                 path,
                 self._table.reserve_number,
-                lambda: RecordIo(self._files, fmt, *self._calls, self._headers),
+                lambda: RecordIo(self._files, fmt, *self._calls, self._headers, None, self.meter),
             )
             slots = [slot_at(number, index) for index in indexes]
             self._written.update(slots)

@@ -1,5 +1,6 @@
 """Payloads of records that are not raw: encoded as a whole, decoded unit by unit."""
 
+import time
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -10,6 +11,7 @@ from torch import Tensor
 from offload.tiers.codec_ladder import codec_of
 from offload.tiers.codecs import Codec
 from offload.tiers.pool import page_aligned
+from offload.tiers.read_meter import ReadMeter
 from offload.tiers.record import RecordFormat, Stored, checksums_of
 from offload.types import ChunkInfo, round_up
 
@@ -51,7 +53,9 @@ def encode_record(
     return Stored(info, codec.number, fmt.coded_tokens, checksums, starts), payload
 
 
-def decode_record(fmt: RecordFormat, stored: Stored, payload: memoryview, out: Tensor) -> None:
+def decode_record(
+    fmt: RecordFormat, stored: Stored, payload: memoryview, out: Tensor, meter: ReadMeter
+) -> None:
     """Decode a whole record.
 
     Parameters
@@ -61,6 +65,7 @@ def decode_record(fmt: RecordFormat, stored: Stored, payload: memoryview, out: T
     payload : memoryview
         From its first byte on, verified; may be the memory of ``out``.
     out : Tensor, uint8 [slot_bytes]
+    meter : ReadMeter
 
     Raises
     ------
@@ -69,11 +74,16 @@ def decode_record(fmt: RecordFormat, stored: Stored, payload: memoryview, out: T
     """
     kept = memoryview(bytes(payload[: stored.payload_bytes]))
     units = [kept[start:end] for start, end in pairwise(stored.starts)]
-    decode_units(fmt, stored.codec, stored.unit_tokens, units, out[: fmt.payload_bytes])
+    decode_units(fmt, stored.codec, stored.unit_tokens, units, out[: fmt.payload_bytes], meter)
 
 
 def decode_units(
-    fmt: RecordFormat, codec: int, unit_tokens: int, units: Sequence[memoryview], out: Tensor
+    fmt: RecordFormat,
+    codec: int,
+    unit_tokens: int,
+    units: Sequence[memoryview],
+    out: Tensor,
+    meter: ReadMeter,
 ) -> None:
     """Decode units of one kind, raw ones by copying them.
 
@@ -86,6 +96,7 @@ def decode_units(
         The bytes of each, verified.
     out : Tensor, uint8
         As many units, decoded; contiguous.
+    meter : ReadMeter
 
     Raises
     ------
@@ -96,4 +107,6 @@ def decode_units(
     if not codec:
         out.numpy()[:] = np.frombuffer(b"".join(units), np.uint8)
         return
+    started = time.perf_counter()
     codec_of(codec).decode(units, unit, out.view(fmt.layout.dtype).view(-1, *unit.shape))
+    meter.add_decoded(codec, out.numel(), time.perf_counter() - started)

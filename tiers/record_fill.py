@@ -78,3 +78,4 @@ def fill(
             read_fully(fd, buffers, offset, file, io.preadv)
 
     io.on_file(segment, move, writing=False, is_aligned=is_aligned)
+    io.meter.add(int(sizes.sum()), len(pieces))

@@ -9,6 +9,7 @@ from torch import Tensor
 from offload.errors import StorageError
 from offload.tiers.codecs import Codec
 from offload.tiers.io_plan import Extent, Operation, join_pieces, plan_io
+from offload.tiers.read_meter import ReadMeter
 from offload.tiers.record import RecordFormat, Stored, raw_record
 from offload.tiers.record_codec import decode_record, encode_record
 from offload.tiers.record_header import pack_header, verify
@@ -46,6 +47,8 @@ class RecordIo:
     headers : dict, optional
         What verified headers said, so that they need not be read again. The caller takes out what
         is overwritten or gone. By default all are read.
+    meter : ReadMeter, optional
+        Counts what is read.
     choose : callable, optional
         How each chunk is stored; needs ``headers``, which say how long encoded records are. By
         default raw.
@@ -64,12 +67,14 @@ class RecordIo:
         pwritev: VectoredCall = os.pwritev,
         headers: KnownHeaders | None = None,
         choose: ChooseCodec | None = None,
+        meter: ReadMeter | None = None,
     ) -> None:
         assert choose is None or headers is not None
         self.fmt = fmt
         self.is_direct = supports_direct_io(files.directory)
         self.preadv = preadv
         self.headers = headers
+        self.meter = ReadMeter() if meter is None else meter
         self._files = files
         self._pwritev = pwritev
         self._choose = choose
@@ -123,10 +128,11 @@ class RecordIo:
 
         aligned = are_aligned(out[member] for member in op.members)
         self.on_file(op.segment, move, writing=False, is_aligned=aligned)
+        self.meter.add(sum(len(piece) for _, piece in pieces), len(reads))
         for member, header, payload in zip(op.members, headers, payloads, strict=True):
             stored = verify(header, payload, self.fmt, infos[member])
             if stored.codec:
-                decode_record(self.fmt, stored, payload, out[member])
+                decode_record(self.fmt, stored, payload, out[member], self.meter)
 
     def write(
         self,

@@ -87,7 +87,7 @@ def _decoded(io: RecordIo, runs: Sequence[_Run], memory: Buffer) -> dict[_Run, m
         units = [unit for run in alike for unit in _verified_units(fmt, run, memory)]
         unit_bytes = fmt.unit(tokens).num_bytes
         out = torch.empty(len(units) * unit_bytes, dtype=torch.uint8)
-        decode_units(fmt, codec, tokens, units, out)
+        decode_units(fmt, codec, tokens, units, out, io.meter)
         decoded, start = view(out), 0
         for run in alike:
             stop = start + (run.end - run.first) * unit_bytes

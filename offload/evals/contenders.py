@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from offload.engine import AUTO
 from offload.errors import ConfigError
 from offload.presets import PRESETS, Preset, customised
 from offload.tiers.codec_ladder import find_codec
@@ -76,7 +77,9 @@ def find_contender(name: str, protocol: Protocol) -> Contender:
     if preset.sparse is not None and protocol == "A":
         # A call with more queries than this is exact, and a question has more than one token.
         preset = replace(preset, sparse=replace(preset.sparse, max_queries=1))
-    codec = find_codec(codecs[-1] if codecs else "raw").name
+    codec = codecs[-1] if codecs else "raw"
+    if codec != AUTO:
+        find_codec(codec)
     return Contender(name, preset, protocol == "A", codec)
 
 

@@ -18,11 +18,15 @@ class RowPlan:
     piece_tokens : int or None
         Tokens of a head that are read together, as near as pages of the disk and the length of a
         chunk allow; None: all of a chunk. Fewer are read faster, and hold up others less.
+    least_disk_share : float or None
+        Read of what lies on the disk no more than can be hidden behind compute, as far as measured,
+        the best first, but at least such a share, from 0 to 1. None: all that is wanted.
     """
 
     max_wait_us: float | None = None
     line_share: float = 0.75
     piece_tokens: int | None = 1
+    least_disk_share: float | None = None
 
     @property
     def max_wait_s(self) -> float | None:

@@ -1,9 +1,10 @@
 """Find the rows of tokens wherever they lie, and read from the disk what is in no memory."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offload.prefetch.line_cache import LineCache, lines_that_fit
@@ -42,6 +43,9 @@ class RowReader:
         Of the host, counted by the caller.
     piece_tokens : int, optional
         Tokens of a head that are read together; see ``RowPlan``.
+    limit : callable, optional
+        Told, when a layer begins, how many pieces on the disk it wants; returns how many it may
+        read, the best first, or None: all.
     """
 
     def __init__(
@@ -50,8 +54,10 @@ class RowReader:
         device: torch.device,
         memory: RowMemory,
         piece_tokens: int | None = None,
+        limit: Callable[[int], int | None] = lambda wanted: None,
     ) -> None:
         self._store = store
+        self._limit = limit
         self._names = RowKeys.of(store.layout, _whole_parts(store, piece_tokens))
         self._places = ChunkPlaces(store, device)
         self._memory = page_aligned(memory.num_bytes)
@@ -132,15 +138,15 @@ class RowReader:
         for tier, count in self._places.count_by_tier(addresses).items():
             counters.add_loaded(tier, count * self._names.row_bytes)
         missing, keys = self._missing(row, heads, ids, addresses)
-        if len(keys):
-            found = self._lines.find(keys)
-            counters.line_lookups += len(keys)
-            counters.line_hits += int(np.count_nonzero(found))
-            absent = found == 0
-            if absent.any():
-                found[absent] = self._read(keys[absent], deadline_s)
-                counters.late_rows += int(np.count_nonzero(found == 0))
-            addresses[missing] = found
+        found = self._lines.find(keys)
+        counters.line_lookups += len(keys)
+        counters.line_hits += int(np.count_nonzero(found))
+        absent = np.nonzero(found == 0)[0]
+        absent = absent[self._may_read(keys[absent])]
+        if len(absent):
+            found[absent] = self._read(keys[absent], deadline_s)
+        counters.late_rows += int(np.count_nonzero(found == 0))
+        addresses[missing] = found
         return addresses
 
     def prefetch(
@@ -257,6 +263,17 @@ class RowReader:
         offsets = tokens - positions * self._names.chunk_tokens
         keys = self._names.keys(row.ids[positions], np.asarray(heads)[lines], offsets)
         return (lines, ranks), keys
+
+    def _may_read(self, keys: Ints) -> NDArray[np.bool_]:
+        """Return which rows, the best first, lie in pieces that there is time to read."""
+        pieces, first, which = np.unique(
+            self._names.pieces(keys), return_index=True, return_inverse=True
+        )
+        most = self._limit(len(pieces))
+        if most is None or most >= len(pieces):
+            return np.ones(len(keys), np.bool_)
+        rank = np.argsort(np.argsort(first, kind="stable"), kind="stable")
+        return np.asarray(rank[which] < most)
 
     def _read(self, keys: Ints, deadline_s: float | None) -> Ints:
         """Return the addresses of rows that are in no memory that can be read by address."""
