@@ -1,12 +1,12 @@
 """Run a benchmark, cell after cell."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
 import torch
 
-from offload.bench.contenders import find_entries
+from offload.bench.contenders import Entry, find_entries
 from offload.bench.contexts import Context, make_context
 from offload.bench.drivers import AttentionDriver, ModelDriver, make_model
 from offload.bench.measure import measure_cell
@@ -27,6 +27,8 @@ class Benchmark:
     Parameters
     ----------
     settings : BenchSettings
+    entries : sequence of Entry, optional
+        Who takes part, instead of those that the settings name.
 
     Raises
     ------
@@ -34,9 +36,9 @@ class Benchmark:
         There is no such contender, or it cannot take part on this machine.
     """
 
-    def __init__(self, settings: BenchSettings) -> None:
+    def __init__(self, settings: BenchSettings, entries: Sequence[Entry] | None = None) -> None:
         self.settings = settings
-        self._entries = find_entries(settings)
+        self._entries = find_entries(settings) if entries is None else list(entries)
 
     @property
     def num_steps(self) -> int:
@@ -64,14 +66,14 @@ class Benchmark:
         with Yardstick(settings.torch_device, settings.disk_path, has_disk=has_disk) as yardstick:
             self._warm_up(model, yardstick)
             for cell in cells:
-                yield from _measure(settings, cell, model, yardstick, advance)
+                yield from self._measure(settings, cell, model, yardstick, advance)
 
     def _warm_up(self, model: torch.nn.Module | None, yardstick: Yardstick) -> None:
         """Let everyone make steps on a short context: kernels are compiled when first used."""
         if self.settings.has_prefill:
             return  # which would take longer than what it saves
         roomy = replace(self.settings, capacity={}, device_share=1.0, rounds=1, steps=1)
-        _measure(roomy, Cell(_WARM_TOKENS, 1, None), model, yardstick, lambda: None)
+        self._measure(roomy, Cell(_WARM_TOKENS, 1, None), model, yardstick, lambda: None)
 
     def _check_memory(self, cell: Cell) -> None:
         """Refuse a cell whose contenders, which are open together, do not fit."""
@@ -88,23 +90,23 @@ class Benchmark:
                 "fewer of them together, or fewer layers"
             )
 
-
-def _measure(
-    settings: BenchSettings,
-    cell: Cell,
-    model: torch.nn.Module | None,
-    yardstick: Yardstick,
-    advance: Callable[[], object],
-) -> list[BenchRow]:
-    # Only rows leave this function: the next cell needs the memory of the caches.
-    context = _context(settings, cell)
-    driver = (
-        AttentionDriver(settings, cell, context)
-        if model is None
-        else ModelDriver(settings, cell, context, model)
-    )
-    subjects, speeds = measure_cell(driver, yardstick, advance)
-    return [make_row(each, subjects[0], driver, speeds) for each in subjects]
+    def _measure(
+        self,
+        settings: BenchSettings,
+        cell: Cell,
+        model: torch.nn.Module | None,
+        yardstick: Yardstick,
+        advance: Callable[[], object],
+    ) -> list[BenchRow]:
+        # Only rows leave this function: the next cell needs the memory of the caches.
+        context = _context(settings, cell)
+        driver = (
+            AttentionDriver(settings, cell, context)
+            if model is None
+            else ModelDriver(settings, cell, context, model)
+        )
+        subjects, speeds = measure_cell(driver, self._entries, yardstick, advance)
+        return [make_row(each, subjects[0], driver, speeds) for each in subjects]
 
 
 def _context(settings: BenchSettings, cell: Cell) -> Context:

@@ -1,7 +1,7 @@
 """Measure all contenders on one cell, in turns, so that noise hits all alike."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -12,7 +12,7 @@ from transformers import Cache
 
 from offload import OffloadedCache
 from offload.bench.clock import synchronize, timed
-from offload.bench.contenders import Entry, find_entries
+from offload.bench.contenders import Entry
 from offload.bench.counters import add, between, read_counts
 from offload.bench.dense import DenseCache
 from offload.bench.drivers import AttentionDriver, Driver
@@ -43,13 +43,15 @@ class Subject:
 
 
 def measure_cell(
-    driver: Driver, yardstick: Yardstick, advance: Callable[[], object]
+    driver: Driver, entries: Sequence[Entry], yardstick: Yardstick, advance: Callable[[], object]
 ) -> tuple[list[Subject], list[Bandwidths]]:
     """Measure every contender on the cell of a driver.
 
     Parameters
     ----------
     driver : Driver
+    entries : sequence of Entry
+        Who takes part; the others are compared with the first.
     yardstick : Yardstick
     advance : callable
         Called after every step, those included that do not count.
@@ -68,7 +70,7 @@ def measure_cell(
     """
     with ExitStack() as stack, torch.no_grad():
         subjects = []
-        for entry in find_entries(driver.settings):
+        for entry in entries:
             subjects.append(_prepare(entry, driver, stack))
             advance()
         speeds = _run_rounds(subjects, driver, yardstick, advance)
