@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offload.sparse.row_plan import RowMemory
+from offload.sparse.row_plan import RowMemory, RowPlan
 from offload.sparse.row_reader import RowReader
 from offload.stats import Counters
 from offload.store import ChunkStore
@@ -100,7 +100,9 @@ class Layer:
         )
         line_bytes = 0 if in_memory else int(LINE_SHARE * count * LAYOUT.chunk_bytes)
         sizes = RowMemory(STAGING_BYTES, line_bytes)
-        self.reader = RowReader(self.store, torch.device("cpu"), sizes, piece_tokens)
+        self.reader = RowReader(
+            self.store, torch.device("cpu"), sizes, RowPlan(piece_tokens=piece_tokens)
+        )
         piece = torch.randn(1, LAYOUT.num_kv_heads, 4096, LAYOUT.key_dim).bfloat16()
         self.chunks: list[ChunkId] = []
         for first in range(0, num_tokens, 4096):

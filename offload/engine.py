@@ -287,11 +287,10 @@ class Engine:
         if sparse is None or sparse.index is None:
             return None
         place = torch.device("cpu") if sparse.placement == "host" else self.device
-        tokens = self.config.preset.rows.piece_tokens
+        parts = self.store, place, self._row_memory, self.config.preset.rows
         if self.pipeline is None:
-            return RowReader(self.store, place, self._row_memory, tokens)
-        limit = self.pipeline.layer_begins
-        return RowReader(self.store, place, self._row_memory, tokens, limit)
+            return RowReader(*parts)
+        return RowReader(*parts, self.pipeline.layer_begins)
 
     def _open_pipeline(self) -> PipelineControl | None:
         """Return what watches reads from the disk, where single rows are read or it chooses."""

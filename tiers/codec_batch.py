@@ -52,7 +52,7 @@ def encode_units(
         return [encode(own.float()) for own in rows]
     payloads = np.empty((len(rows), num_bytes), np.uint8)
     is_done = np.empty(len(rows), np.bool_)
-    kernel(_as_bytes(rows), _KINDS[unit.dtype], _shape(unit), payloads, is_done)
+    kernel(_as_bytes(rows, unit), _KINDS[unit.dtype], _shape(unit), payloads, is_done)
     return [
         payload.tobytes() if done else encode(own.float())
         for payload, own, done in zip(payloads, rows, is_done.tolist(), strict=True)
@@ -95,15 +95,15 @@ def decode_units(
     target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
     is_done = np.zeros(len(out), np.bool_)
     if kernel is not None:
-        kernel(packed, _KINDS[unit.dtype], _shape(unit), _as_bytes(target), is_done)
+        kernel(packed, _KINDS[unit.dtype], _shape(unit), _as_bytes(target, unit), is_done)
     for number in np.flatnonzero(~is_done):
         decode(packed[number], target[number])
     if target is not out:
         out.copy_(target)
 
 
-def _as_bytes(rows: Tensor) -> Bytes:
-    found: Bytes = rows.view(torch.uint8).numpy().reshape(len(rows), -1)
+def _as_bytes(rows: Tensor, unit: Unit) -> Bytes:
+    found: Bytes = rows.view(torch.uint8).numpy().reshape(-1, unit.num_bytes)
     return found
 
 

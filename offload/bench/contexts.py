@@ -4,6 +4,7 @@ One set of keys and values serves all layers and rows, since every cache keeps i
 them anyway; every layer, row and head asks queries of its own.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,10 +18,11 @@ from torch.nn.functional import cosine_similarity
 from offload.bench.shapes import ModelShape
 from offload.evals.parametric import FLAT, MEDIUM, SHARP, Shape, make_head
 
-ContextKind = Literal["parametric", "gaussian"]
+ContextKind = Literal["parametric", "topics", "gaussian"]
 
 _TEMPERATURES = (FLAT, MEDIUM, SHARP)
 _POOL_QUERIES = 512
+_TOPICS: Mapping[str, float] = {"token_weight": 0.3, "topic_weight": 1.0}
 _Array = NDArray[np.float32]
 
 
@@ -70,8 +72,10 @@ def make_context(
     num_tokens, num_steps : int
     num_layers, batch : int
         That ask queries of their own.
-    kind : {"parametric", "gaussian"}
-        Heads as language models have them, flat, medium and sharp in turn; or normal numbers.
+    kind : {"parametric", "topics", "gaussian"}
+        Heads as language models have them, flat, medium and sharp in turn; the same with keys that
+        are more of their passage than of their token, so that what matters lies together; or normal
+        numbers.
     correlation : float
         From 0 to 1: of the queries of successive steps, about their mean; ``correlation ** n``
         after ``n`` steps. 0: independent.
@@ -125,6 +129,7 @@ def _pools(kind: ContextKind, dim: int, num_keys: int, seed: int) -> list[_Pool]
                 num_queries=_POOL_QUERIES,
                 num_train_queries=1,
                 temperature=temperature,
+                **(_TOPICS if kind == "topics" else {}),
                 seed=seed + number,
             )
         )

@@ -42,6 +42,8 @@ class Shape:
     vocabulary : int
         Different tokens.
     temperature : float
+    token_weight, topic_weight : float
+        Of the token and of the topic of its passage in what a key holds.
     seed : int
     """
 
@@ -52,6 +54,8 @@ class Shape:
     rank: int = 24
     vocabulary: int = 4000
     temperature: float = MEDIUM
+    token_weight: float = 0.8
+    topic_weight: float = 0.6
     seed: int = 0
 
 
@@ -124,7 +128,8 @@ def _content(rng: Generator, shape: Shape) -> tuple[_Array, _Array]:
     topic = np.repeat(topics, _TOPIC_TOKENS)[: shape.num_keys]
     token = rng.choice(shape.vocabulary, shape.num_keys, p=frequency)
     own = rng.standard_normal((shape.num_keys, shape.rank))
-    content = 0.8 * of_token[token] + 0.6 * of_topic[topic] + 0.3 * own
+    content = shape.token_weight * of_token[token] + shape.topic_weight * of_topic[topic]
+    content += 0.3 * own
     content /= np.linalg.norm(content, axis=1, keepdims=True)
     return content, basis
 

@@ -18,6 +18,8 @@ class RowPlan:
     piece_tokens : int or None
         Tokens of a head that are read together, as near as pages of the disk and the length of a
         chunk allow; None: all of a chunk. Fewer are read faster, and hold up others less.
+    reads_ahead : bool
+        Whether rows are read that will probably be asked for; else only those that are.
     least_disk_share : float or None
         Read of what lies on the disk no more than can be hidden behind compute, as far as measured,
         the best first, but at least such a share, from 0 to 1. None: all that is wanted.
@@ -26,6 +28,7 @@ class RowPlan:
     max_wait_us: float | None = None
     line_share: float = 0.75
     piece_tokens: int | None = 1
+    reads_ahead: bool = True
     least_disk_share: float | None = None
 
     @property

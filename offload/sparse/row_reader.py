@@ -11,7 +11,7 @@ from offload.prefetch.line_cache import LineCache, lines_that_fit
 from offload.sparse.row_demand import Demand, Found, addresses_among
 from offload.sparse.row_keys import Ints, RowKeys
 from offload.sparse.row_places import ChunkPlaces, RowChunks, RowKey
-from offload.sparse.row_plan import RowMemory
+from offload.sparse.row_plan import RowMemory, RowPlan
 from offload.sparse.row_reads import PieceReads
 from offload.store import ChunkStore
 from offload.tiers.base import ReadsParts
@@ -20,6 +20,8 @@ from offload.tiers.pool import page_aligned
 from offload.types import ChunkId
 
 _NONE = np.zeros(0, dtype=np.int64)
+
+_HEADS = RowPlan(piece_tokens=None)
 
 
 class RowReader:
@@ -41,8 +43,8 @@ class RowReader:
         Where addresses will be read: on a CPU, or on a CUDA device by its unified addresses.
     memory : RowMemory
         Of the host, counted by the caller.
-    piece_tokens : int, optional
-        Tokens of a head that are read together; see ``RowPlan``.
+    plan : RowPlan
+        Of it ``piece_tokens`` and ``reads_ahead``.
     limit : callable, optional
         Told, when a layer begins, how many pieces on the disk it wants; returns how many it may
         read, the best first, or None: all.
@@ -53,12 +55,13 @@ class RowReader:
         store: ChunkStore,
         device: torch.device,
         memory: RowMemory,
-        piece_tokens: int | None = None,
+        plan: RowPlan = _HEADS,
         limit: Callable[[int], int | None] = lambda wanted: None,
     ) -> None:
         self._store = store
         self._limit = limit
-        self._names = RowKeys.of(store.layout, _whole_parts(store, piece_tokens))
+        self._reads_ahead = plan.reads_ahead
+        self._names = RowKeys.of(store.layout, _whole_parts(store, plan.piece_tokens))
         self._places = ChunkPlaces(store, device)
         self._memory = page_aligned(memory.num_bytes)
         self._pinned = PinnedRegion(self._memory) if device.type == "cuda" else None
@@ -173,6 +176,8 @@ class RowReader:
         int
             Pieces whose read has begun.
         """
+        if not self._reads_ahead:
+            return 0
         self._dead += self._places.refresh()
         row = self._places.row(layer, row_key, version, chunks)
         _, keys = self._missing(row, heads, ids, self._in_place(row, heads, ids))

@@ -228,6 +228,13 @@ def test_payloads_do_not_depend_on_their_neighbours_and_decode_in_any_order(code
 
 
 @every_codec
+def test_no_units_are_no_payloads(codec: Codec) -> None:
+    rows = torch.empty(0, *UNIT.shape, dtype=UNIT.dtype)
+    assert codec.encode(rows, UNIT) == []
+    codec.decode([], UNIT, rows)
+
+
+@every_codec
 def test_decode_fills_rows_that_lie_apart_and_nothing_between_them(codec: Codec) -> None:
     rows = make_rows(UNIT)
     payloads = [memoryview(bytearray(own)) for own in codec.encode(rows, UNIT)]

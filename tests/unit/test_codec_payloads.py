@@ -135,3 +135,16 @@ def test_usual_rows_are_not_shifted(peak: float) -> None:
 @pytest.mark.parametrize("peak", [2.0**-149, 2.0**-7, 2.0**15, 3.4e38])
 def test_other_rows_are_shifted_to_where_float16_is_finest(peak: float) -> None:
     assert 2.0**14 <= peak * 2.0 ** -choose_shift(peak) < 2.0**15
+
+
+@pytest.mark.parametrize(
+    ("codec", "place"),
+    [(KiviCodec(4), 1), (KiviCodec(2), 4), (KiviCodec(4), 15), (Int8Codec(), 1)]
+    + [(Float8Codec(), place) for place in (1, 6, 7)],
+    ids=str,
+)
+def test_reserved_byte_that_is_not_zero_is_corrupt(codec: Codec, place: int) -> None:
+    payload = bytearray(codec.encode(make_rows(), UNIT)[0])
+    payload[place] = 3
+    with pytest.raises(CorruptChunk, match=r"begins with .*\b3\b"):
+        decode(codec, bytes(payload))
