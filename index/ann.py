@@ -125,7 +125,9 @@ class AnnIndex(KeyIndex):
         ]
         return cls(settings, tuple(segments))
 
-    def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:  # noqa: D102
+    def search(  # noqa: D102
+        self, query: Tensor, budget: int, group: Combine = "max", past: Hits | None = None
+    ) -> Hits:
         if budget >= self.num_tokens:
             everything = torch.arange(self.num_tokens, device=query.device)
             return Hits(everything.repeat(self.num_heads, 1), 0)

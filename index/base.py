@@ -32,7 +32,7 @@ class Hits:
         Bytes of the index that the search read, for all heads. A tensor where reading it waits for
         a device.
     state : object
-        What ``tail`` of the same index can use again.
+        What ``tail`` of the same index can use again, and the next ``search``.
     """
 
     ids: Tensor
@@ -69,6 +69,12 @@ class KeyIndex(ABC):
 
     expects_errors: ClassVar[bool] = False
     """Whether ``expected_errors`` can tell."""
+
+    follows_searches: ClassVar[bool] = False
+    """Whether ``search`` goes on from where the last one was."""
+
+    is_abstract: ClassVar[bool] = False
+    """Whether it is so small beside the keys that it is saved with a session."""
 
     tail_takes_values: ClassVar[bool] = False
     """Whether ``tail`` looks at the values that were read."""
@@ -146,7 +152,9 @@ class KeyIndex(ABC):
         """
 
     @abstractmethod
-    def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:
+    def search(
+        self, query: Tensor, budget: int, group: Combine = "max", past: Hits | None = None
+    ) -> Hits:
         """Return the tokens that the queries of each head need most.
 
         Parameters
@@ -158,6 +166,9 @@ class KeyIndex(ABC):
             Tokens per head, at most.
         group : {"max", "sum"}
             How: see ``combine_shares``.
+        past : Hits, optional
+            What the last search for the same heads came to, in this index or in one that it has
+            grown from: a hint, for methods of which ``follows_searches`` is true.
         """
 
     def expected_errors(self, query: Tensor, hits: Hits) -> Tensor:

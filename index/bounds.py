@@ -29,6 +29,8 @@ class BoundsIndex(KeyIndex):
     chunking : Chunking
     """
 
+    is_abstract = True
+
     lower: Tensor
     upper: Tensor
     chunking: Chunking
@@ -84,7 +86,9 @@ class BoundsIndex(KeyIndex):
         positive = torch.bmm(query.clamp_min(0), self.upper.float().mT)
         return torch.baddbmm(positive, query.clamp_max(0), self.lower.float().mT)
 
-    def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:  # noqa: D102
+    def search(  # noqa: D102
+        self, query: Tensor, budget: int, group: Combine = "max", past: Hits | None = None
+    ) -> Hits:
         scores = combine_group(self.bounds(query), group)
         ids = best_tokens(scores, self.chunking.lengths(query.device), budget)
         return Hits(ids, self.lower.nbytes + self.upper.nbytes)

@@ -218,7 +218,9 @@ class ClusterIndex(KeyIndex):
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Self:  # noqa: D102
         return cls(restore_clusters(tensors, meta["sizes"]))
 
-    def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:  # noqa: D102
+    def search(  # noqa: D102
+        self, query: Tensor, budget: int, group: Combine = "max", past: Hits | None = None
+    ) -> Hits:
         clusters = self.clusters
         logits = torch.bmm(query, clusters.key_means().transpose(1, 2))
         # A cluster without keys has the mean zero, and no claim to the logit of it.

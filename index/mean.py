@@ -100,7 +100,9 @@ class MeanIndex(KeyIndex):
         chunking = Chunking(meta["chunk_tokens"], tuple(meta["runs"]))
         return cls(tensors["means"], chunking, meta["is_cosine"], meta["representatives"])
 
-    def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:  # noqa: D102
+    def search(  # noqa: D102
+        self, query: Tensor, budget: int, group: Combine = "max", past: Hits | None = None
+    ) -> Hits:
         means = self.means.float()
         if self.is_cosine:
             query, means = normalize(query, dim=-1), normalize(means, dim=-1)

@@ -132,7 +132,9 @@ class ProjectionIndex(KeyIndex):
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Self:  # noqa: D102
         return cls(GraphSettings(**meta["settings"]), **tensors, sizes=tuple(meta["sizes"]))
 
-    def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:  # noqa: D102
+    def search(  # noqa: D102
+        self, query: Tensor, budget: int, group: Combine = "max", past: Hits | None = None
+    ) -> Hits:
         found = [self._search(query, budget, number, run) for number, run in self._runs()]
         ids = torch.cat([part.ids for part in found], 2)
         scores = torch.cat([part.scores for part in found], 2)

@@ -202,7 +202,9 @@ class ResidualIndex(KeyIndex):
             self.settings.scan,
         )
 
-    def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:  # noqa: D102
+    def search(  # noqa: D102
+        self, query: Tensor, budget: int, group: Combine = "max", past: Hits | None = None
+    ) -> Hits:
         found = dispatch.scan(self.tables(), query, budget, group)
         per_place = self.keys.bits[0, 0].nbytes // BLOCK_PLACES + 2
         means = self.clusters.centroids.numel() + 2 * self.clusters.centroid_scale.numel()

@@ -90,7 +90,9 @@ class TopKIndex(KeyIndex):
         chunking = Chunking(meta["chunk_tokens"], tuple(meta["runs"]))
         return cls(tensors["keys"], tensors["value_means"], chunking, meta["renormalised"])
 
-    def search(self, query: Tensor, budget: int, group: Combine = "max") -> Hits:  # noqa: D102
+    def search(  # noqa: D102
+        self, query: Tensor, budget: int, group: Combine = "max", past: Hits | None = None
+    ) -> Hits:
         blocks = self.keys.split(_BLOCK_TOKENS, 1)
         logits = torch.cat([torch.bmm(query, block.float().mT) for block in blocks], 2)
         best = combine_group(logits, group).topk(min(budget, self.num_tokens), 1)

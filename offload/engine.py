@@ -133,7 +133,12 @@ class Engine:
             None
             if sparse is None
             else Retrieval(
-                self.store, self.rows, self.device, sparse, config.preset.rows.max_wait_s
+                self.store,
+                self.rows,
+                self.device,
+                sparse,
+                config.preset.rows.max_wait_s,
+                None if config.scratch is None else config.scratch.path,
             )
         )
         self._open_staging(sizes)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
+import torch
+
 from offload.errors import ConfigError
 from offload.index.base import Combine, KeyIndex
 from offload.index.bounds import BoundsIndex
@@ -13,8 +15,9 @@ from offload.index.clusters import ClusterIndex
 from offload.index.mean import MeanIndex
 from offload.index.projection import ProjectionIndex
 from offload.index.residual import ResidualIndex
+from offload.index.tree import TreeIndex
 from offload.sparse.head_pattern import HeadPattern, as_streaming_heads
-from offload.sparse.plan import IndexRecipe, SparsePlan
+from offload.sparse.plan import EarlyLayers, IndexRecipe, SparsePlan
 from offload.sparse.row_plan import RowPlan
 from offload.sparse.segments import SegmentSizes
 from offload.tiers.eviction import EvictionPolicy, KeepFirst
@@ -67,6 +70,18 @@ PRESETS = {
             ),
         ),
         Preset("quest", KeepFirst, _no_tail(_over(BoundsIndex), budget=2048, dense_layers=2)),
+        Preset(
+            "leoam",
+            KeepFirst,
+            _no_tail(
+                # Boxes of half as many tokens in half as many bits find more than the paper's do.
+                _over(TreeIndex, leaf_tokens=16, bits=8, fanout=2, over=2.0, lean=0.5),
+                budget=0.1,
+                # Boxes are made in no time, so nearly all of a context has them.
+                sizes=SegmentSizes((8192, 1024, 128)),
+                early=EarlyLayers(2, _over(TreeIndex, leaf_tokens=8, bits=8, lean=0.5), budget=0.5),
+            ),
+        ),
         Preset("rekv", KeepFirst, _no_tail(_over(MeanIndex, is_cosine=True), budget=0.05)),
         Preset(
             "infllm",
@@ -107,6 +122,10 @@ def customised(
     dense_below: int | Literal["auto"] | None = None,
     max_wait_us: float | None = None,
     line_share: float | None = None,
+    abstracts: Literal["ram", "disk"] | None = None,
+    early_budget: float | int | None = None,
+    least_disk_share: float | None = None,
+    **index: Any,
 ) -> Preset:
     """Return a preset with some of its choices changed, for ``OffloadedCache(policy=...)``.
 
@@ -114,7 +133,8 @@ def customised(
     ----------
     policy : str or Preset
     budget : float or int, optional
-        A share of the context, above 0 and at most 1.0; or a positive number of tokens.
+        A share of the context, above 0 and at most 1.0; or a positive number of tokens. Layers
+        that a preset has read more by itself (the first two of ``leoam``) read no less than that.
     error : float, optional
         Read as little as keeps the relative error of nine in ten answers below this, as far as the
         self-check can tell; the budget is then the most that is read, a tenth by default. For
@@ -140,6 +160,16 @@ def customised(
         stays in the estimate. By default everything is waited for.
     line_share : float, optional
         From 0 to 1: share of the host's capacity that keeps single rows of what lies on the disk.
+    abstracts : {"ram", "disk"}, optional
+        Where the index lies: in memory, or in files mapped into it, for machines short of memory.
+    early_budget : float or int, optional
+        What the first layers read of a preset that treats them otherwise (``leoam``).
+    least_disk_share : float, optional
+        From 0 to 1: read from the disk only what can be hidden behind compute, as far as measured,
+        but at least such a share of what is wanted.
+    **index
+        Options of the preset's index, such as ``leaf_tokens`` for ``leoam``; of early layers, too,
+        where they have not one of their own.
 
     Raises
     ------
@@ -172,7 +202,14 @@ def customised(
         if dense_below != "auto" and (isinstance(dense_below, bool) or dense_below < 0):
             raise ConfigError(f"dense_below={dense_below!r} is neither 'auto' nor tokens")
         changes["dense_below"] = dense_below
-    row_changes = _checked_rows(max_wait_us, line_share)
+    if abstracts is not None:
+        if abstracts not in ("ram", "disk"):
+            raise ConfigError(f"abstracts={abstracts!r} is neither 'ram' nor 'disk'")
+        changes["abstracts"] = abstracts
+    row_changes = _checked_rows(
+        max_wait_us=max_wait_us, line_share=line_share, least_disk_share=least_disk_share
+    )
+    changes |= _changed_index(preset, index, early_budget)
     if not changes and not row_changes:
         return preset
     if preset.sparse is None:
@@ -210,14 +247,36 @@ def _checked_error(error: object) -> float:
     return float(error)
 
 
-def _checked_rows(max_wait_us: object, line_share: object) -> dict[str, float]:
-    """Return those of the two that are given, or raise ConfigError."""
-    given = {"max_wait_us": max_wait_us, "line_share": line_share}
+def _changed_index(
+    preset: Preset, options: dict[str, Any], early_budget: float | int | None
+) -> dict[str, Any]:
+    """Return what a plan becomes with other options of its index, tried on a few keys."""
+    sparse, changes = preset.sparse, dict[str, Any]()
+    if sparse is None:
+        return {**options, **({} if early_budget is None else {"early_budget": early_budget})}
+    if options:
+        if sparse.index is None:
+            raise ConfigError(f"policy {preset.name!r} has no index; it takes no {list(options)}")
+        index = IndexRecipe(sparse.index.kind, {**sparse.index.options, **options})
+        try:
+            index.build(torch.zeros(1, 64, 32), torch.zeros(1, 64, 32), None)
+        except TypeError as error:
+            raise ConfigError(f"policy {preset.name!r}: {error}") from error
+        changes["index"] = index
+    if early_budget is not None:
+        if sparse.early is None:
+            raise ConfigError(f"policy {preset.name!r} treats no layers otherwise than others")
+        changes["early"] = replace(sparse.early, budget=_checked_budget(early_budget))
+    return changes
+
+
+def _checked_rows(**given: object) -> dict[str, Any]:
+    """Return those that are given, or raise ConfigError."""
     checked = {}
     for name, value in given.items():
         if value is None:
             continue
-        most = 1.0 if name == "line_share" else math.inf
+        most = math.inf if name == "max_wait_us" else 1.0
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
             raise ConfigError(f"{name}={value!r} is no number from 0 to {most:g}")
         checked[name] = float(value)

@@ -14,6 +14,7 @@ from offload.errors import ConfigError, NamespaceMismatch
 from offload.identity import find_model, identify
 from offload.layer_state import pack_layer, restore_layer
 from offload.layers import OffloadedLayer
+from offload.saved_indexes import INDEXES, pack_indexes, restore_indexes
 from offload.session_link import SessionLink, common_length
 from offload.sessions.listing import SessionInfo
 from offload.sessions.namespace import make_namespace, model_digest, model_fields
@@ -68,6 +69,10 @@ def save(
         if packed:
             tensors.update(found)
             state[str(index)] = packed
+    found, packed_indexes = pack_indexes(runtime)
+    if packed_indexes:
+        tensors.update(found)
+        state[INDEXES] = packed_indexes
     facts, salt = _identity(model, weights_id), link.store.salt
     namespace = make_namespace(facts, runtime.engine.layout, sorted(runtime.layers), salt)
     with runtime.engine.lock:
@@ -139,7 +144,9 @@ def restore(
         raise
     link.restore(runtime, held, file.layers, file.tensors)
     for index, packed in file.state.items():
-        restore_layer(layers[int(index)], packed, file.tensors, device)
+        if index != INDEXES:
+            restore_layer(layers[int(index)], packed, file.tensors, device)
+    restore_indexes(runtime, file.state.get(INDEXES, ()), file.tensors)
 
 
 def reuse(

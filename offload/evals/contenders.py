@@ -18,7 +18,7 @@ PROTOCOLS = {
 
 EXACT = "exact"
 
-_OPTIONS = {"error": "error", "wait_us": "max_wait_us"}
+_OPTIONS = {"error": "error", "wait_us": "max_wait_us", "early": "early_budget"}
 """What may be written ``NAME=NUMBER`` after a policy, and what ``customised`` calls it."""
 
 _CODEC = "codec="

@@ -20,6 +20,8 @@ from offload.sessions.session_rows import refuse_taken
 
 _SESSION_COPIES = 8
 """The session's file, its parts, its tensors and blocks, and the new file."""
+_INDEX, _INDEXES = "index.", "indexes"
+"""Of tensors and of the state: what somebody else made is not searched, but built again."""
 _RECORD_COPIES = 4
 _BYTES_PER_RECORD = 512
 """What is kept about a record while it is written."""
@@ -139,8 +141,12 @@ def _content(reader: ArchiveReader, file: SessionFile, *, is_foreign: bool) -> C
         rows=[[columns[ref] for ref in row] for row in file.rows],
         read=reader.read,
         token_ids=file.token_ids,
-        tensors={name: tensor for name, tensor in file.tensors.items() if name != TOKENS},
-        state=file.state,
+        tensors={
+            name: tensor
+            for name, tensor in file.tensors.items()
+            if name != TOKENS and not name.startswith(_INDEX)
+        },
+        state={name: part for name, part in file.state.items() if name != _INDEXES},
         known={},
         is_foreign=is_foreign,
     )

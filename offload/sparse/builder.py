@@ -30,11 +30,13 @@ class Job:
     chunks : Segment
     heads : tuple of int
         KV heads; the index has no others.
+    recipe : IndexRecipe
     queries : Tensor or None, shape (len(heads), num_queries, key_dim)
     """
 
     chunks: Segment
     heads: tuple[int, ...]
+    recipe: IndexRecipe
     queries: Tensor | None = None
 
 
@@ -49,13 +51,11 @@ class IndexBuilder:
     store : ChunkStore
     device : torch.device
         Where indexes live.
-    recipe : IndexRecipe
     """
 
-    def __init__(self, store: ChunkStore, device: torch.device, recipe: IndexRecipe) -> None:
+    def __init__(self, store: ChunkStore, device: torch.device) -> None:
         self._store = store
         self._device = device
-        self._recipe = recipe
         self._executor: ThreadPoolExecutor | None = None
         self._running: dict[Segment, Future[KeyIndex]] = {}
         self._done: dict[Segment, Future[KeyIndex]] = {}
@@ -140,7 +140,7 @@ class IndexBuilder:
         layout = self._store.layout
         rows = _rows(memory, layout, job.heads).to(self._device)
         queries = None if job.queries is None else job.queries.to(self._device)
-        return self._recipe.build(rows[..., : layout.key_dim], rows[..., layout.key_dim :], queries)
+        return job.recipe.build(rows[..., : layout.key_dim], rows[..., layout.key_dim :], queries)
 
 
 def _rows(memory: Tensor, layout: ChunkLayout, heads: tuple[int, ...]) -> Tensor:

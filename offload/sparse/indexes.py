@@ -1,8 +1,9 @@
 """Indexes over the chunks of a layer, built from what is stored."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from offload.index.base import KeyIndex
 from offload.sparse.builder import IndexBuilder, Job, Segment
 from offload.sparse.plan import IndexRecipe
 from offload.sparse.segments import SegmentSizes
+from offload.sparse.spill import spill
 from offload.store import ChunkStore
 from offload.types import ChunkId
 
@@ -53,24 +55,31 @@ class LayerIndexes:
     store : ChunkStore
     device : torch.device
         Where indexes live.
-    recipe : IndexRecipe
     sizes : SegmentSizes
+    directory : Path, optional
+        Where indexes lie, mapped into memory; by default they are in memory.
     """
 
     def __init__(
-        self, store: ChunkStore, device: torch.device, recipe: IndexRecipe, sizes: SegmentSizes
+        self,
+        store: ChunkStore,
+        device: torch.device,
+        sizes: SegmentSizes,
+        directory: Path | None = None,
     ) -> None:
         self._store = store
+        self._spill = directory
         self._sizes = sizes
-        self._builder = IndexBuilder(store, device, recipe)
+        self._builder = IndexBuilder(store, device)
         self._joined: dict[Segments, KeyIndex] = {}
         self._held: dict[Holder, _Held] = {}
         self._latest: dict[ChunkId, Segments] = {}
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all indexes."""
-        joined = sum(index.num_bytes for index in self._joined.values())
+        """Bytes of all indexes that are in memory."""
+        spilled = self._spill is not None
+        joined = 0 if spilled else sum(index.num_bytes for index in self._joined.values())
         return joined + self._builder.num_bytes
 
     def over(
@@ -79,6 +88,7 @@ class LayerIndexes:
         version: object,
         chunks: Sequence[ChunkId],
         heads: tuple[int, ...],
+        recipe: IndexRecipe,
         queries: Tensor | None = None,
     ) -> KeyIndex:
         """Return an index over the beginning of a run of chunks, as far as segments go.
@@ -95,24 +105,47 @@ class LayerIndexes:
             Enough of them for a segment.
         heads : tuple of int
             KV heads that are indexed; the same at every call for these chunks.
+        recipe : IndexRecipe
+            How; the same at every call for these chunks.
         queries : Tensor, shape (len(heads), num_queries, key_dim), optional
             Such as will be asked.
         """
         held = self._held.get(holder)
         if held is None or held.version != version:
-            segments = self._begin_next(chunks, heads, queries)
+            jobs = self._begin_next(chunks, heads, recipe, queries)
+            segments = tuple(job.chunks for job in jobs)
             if segments not in self._joined:
-                self._joined[segments] = self._join(segments, heads, queries)
+                self._joined[segments] = self._placed(self._join(jobs))
             held = self._held[holder] = _Held(version, segments)
             self._latest[segments[0][0]] = segments
             self._forget_unheld()
         return self._joined[held.segments]
 
-    def prepare(self, chunks: Sequence[ChunkId], heads: tuple[int, ...]) -> None:
+    def prepare(
+        self, chunks: Sequence[ChunkId], heads: tuple[int, ...], recipe: IndexRecipe
+    ) -> None:
         """Begin to index the complete segments of the largest size, while a prompt is read."""
         size = self._store.layout.chunk_tokens
         for start, stop in self._sizes.largest(len(chunks), size):
-            self._begin(Job(tuple(chunks[start:stop]), heads))
+            self._begin(Job(tuple(chunks[start:stop]), heads, recipe))
+
+    def latest(self) -> Iterator[tuple[Segments, KeyIndex]]:
+        """Yield the latest index over every beginning, and the segments it is over."""
+        for segments in self._latest.values():
+            yield segments, self._joined[segments]
+
+    def adopt(self, segments: Segments, index: KeyIndex) -> None:
+        """Keep an index that was built elsewhere over these chunks, which exist.
+
+        Parameters
+        ----------
+        segments : tuple of Segment
+            Consecutive, as ``over`` cuts them; at least one.
+        index : KeyIndex
+            Of the heads, and as the recipe says, that ``over`` will be asked for.
+        """
+        self._joined[segments] = self._placed(index)
+        self._latest[segments[0][0]] = segments
 
     def forget(self, owner: int) -> None:
         """Drop what is kept for a cache or fork."""
@@ -127,24 +160,35 @@ class LayerIndexes:
         """Stop building. Idempotent."""
         self._builder.close()
 
+    def _placed(self, index: KeyIndex) -> KeyIndex:
+        return index if self._spill is None else spill(index, self._spill)
+
     def _begin(self, job: Job) -> None:
         if not any(job.chunks in segments for segments in self._joined):
             self._builder.start(job)
 
     def _begin_next(
-        self, chunks: Sequence[ChunkId], heads: tuple[int, ...], queries: Tensor | None
-    ) -> Segments:
+        self,
+        chunks: Sequence[ChunkId],
+        heads: tuple[int, ...],
+        recipe: IndexRecipe,
+        queries: Tensor | None,
+    ) -> list[Job]:
         """Begin what will be needed soon; return the segments that count now."""
         size = self._store.layout.chunk_tokens
-        for start, stop in self._sizes.coming(len(chunks), size):
-            self._begin(Job(tuple(chunks[start:stop]), heads, queries))
-        return tuple(tuple(chunks[a:b]) for a, b in self._sizes.cut(len(chunks), size))
+        coming, now = (
+            [Job(tuple(chunks[start:stop]), heads, recipe, queries) for start, stop in cuts]
+            for cuts in (self._sizes.coming(len(chunks), size), self._sizes.cut(len(chunks), size))
+        )
+        for job in coming:
+            self._begin(job)
+        return now
 
-    def _join(self, segments: Segments, heads: tuple[int, ...], queries: Tensor | None) -> KeyIndex:
+    def _join(self, jobs: Sequence[Job]) -> KeyIndex:
         """Return an index over segments: what is known of the first ones, and the others."""
-        num_known, known = self._longest_known(segments)
+        num_known, known = self._longest_known(tuple(job.chunks for job in jobs))
         parts = [] if known is None else [known]
-        parts += [self._builder.finish(Job(s, heads, queries)) for s in segments[num_known:]]
+        parts += [self._builder.finish(job) for job in jobs[num_known:]]
         return type(parts[0]).join(parts)
 
     def _longest_known(self, segments: Segments) -> tuple[int, KeyIndex | None]:

@@ -37,6 +37,24 @@ class IndexRecipe:
         return self.kind.build(keys, values, **extra, **self.options)
 
 
+@dataclass(frozen=True, slots=True)
+class EarlyLayers:
+    """What the first layers do otherwise than the others.
+
+    Attributes
+    ----------
+    num_layers : int
+        From the first one that is offloaded.
+    index : IndexRecipe
+    budget : float or int
+        As that of the plan; they read no less than the others do.
+    """
+
+    num_layers: int
+    index: IndexRecipe
+    budget: float | int
+
+
 StreamingHeads = tuple[tuple[bool, ...], ...]
 """Of each layer of the model and KV head: whether it attends to sinks and window only."""
 
@@ -53,6 +71,11 @@ class SparsePlan:
     budget : float or int
         Tokens read per query and KV head, besides sinks and window: a share of the context if it is
         a float, else a number of tokens.
+    early : EarlyLayers or None
+        First layers with an index and a budget of their own.
+    abstracts : {"ram", "disk"}
+        Where indexes lie: in memory, or in files that are mapped into it, of which the system keeps
+        what there is room for.
     error : float or None
         Read no more than what keeps the relative error of nine in ten answers below this; the
         budget is then the most that is read.
@@ -83,6 +106,8 @@ class SparsePlan:
 
     index: IndexRecipe | None
     budget: float | int = 0.01
+    early: EarlyLayers | None = None
+    abstracts: Literal["ram", "disk"] = "ram"
     error: float | None = None
     sink_tokens: int = 4
     window_tokens: int = 64
@@ -97,17 +122,27 @@ class SparsePlan:
     kept_queries: int = 0
     check_every: int = 256
 
-    def tokens(self, num_context: int) -> int:
-        """Return how many tokens to read of a context of so many."""
-        if isinstance(self.budget, int):
-            return max(1, self.budget)
-        return max(1, int(self.budget * num_context))
+    def recipe(self, layer: int) -> IndexRecipe | None:
+        """Return how the keys of a layer, counted among those offloaded, are indexed."""
+        if self.early is not None and layer < self.early.num_layers:
+            return self.early.index
+        return self.index
+
+    def tokens(self, num_context: int, layer: int | None = None) -> int:
+        """Return how many tokens a layer, counted alike, reads of a context of so many.
+
+        By default one that is not among the early ones.
+        """
+        own = _tokens(self.budget, num_context)
+        if self.early is not None and layer is not None and layer < self.early.num_layers:
+            return max(own, _tokens(self.early.budget, num_context))
+        return own
 
     def window(self, num_context: int) -> int:
         """Return how many of the last tokens of such a context are always attended."""
         if self.index is not None:
             return self.window_tokens
-        return max(self.window_tokens, self.tokens(num_context))
+        return max(self.window_tokens, _tokens(self.budget, num_context))
 
     def ripe(self, num_chunks: int, chunk_tokens: int, num_context: int, hidden: int) -> range:
         """Return the chunks between sinks and window.
@@ -138,3 +173,7 @@ class SparsePlan:
         if pattern is None or layer >= len(pattern):
             return tuple(range(num_kv_heads))
         return tuple(head for head, streams in enumerate(pattern[layer]) if not streams)
+
+
+def _tokens(budget: float | int, num_context: int) -> int:
+    return max(1, budget if isinstance(budget, int) else int(budget * num_context))

@@ -1,13 +1,14 @@
 """Sparse attention: search an index, read the tokens it names, estimate the others."""
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from offload.errors import ConfigError
 from offload.exact import AttentionCall
 from offload.index.base import NO_TOKEN, Hits, KeyIndex
 from offload.kernels import dispatch
@@ -15,6 +16,7 @@ from offload.kernels.reference import merge
 from offload.kernels.rows import attend_to
 from offload.sparse.break_even import BreakEven
 from offload.sparse.indexes import Holder, LayerIndexes
+from offload.sparse.outlook import Outlook, Run
 from offload.sparse.plan import SparsePlan
 from offload.sparse.queries import QuerySample
 from offload.sparse.row_keys import Ints
@@ -74,6 +76,13 @@ class Retrieval:
     plan : SparsePlan
     max_wait_s : float or None
         Longest wait for rows, of one layer; what has not arrived is estimated.
+    directory : Path or None
+        On the disk, where indexes lie if the plan wants them there.
+
+    Raises
+    ------
+    ConfigError
+        Indexes are to lie on a disk, and there is none, or they are searched on a device.
     """
 
     def __init__(
@@ -83,6 +92,7 @@ class Retrieval:
         device: torch.device,
         plan: SparsePlan,
         max_wait_s: float | None = None,
+        directory: Path | None = None,
     ) -> None:
         self.plan = plan
         self._store = store
@@ -92,18 +102,29 @@ class Retrieval:
         self._max_wait_s = max_wait_s
         self._device = device
         self._place = torch.device("cpu") if plan.placement == "host" else device
-        self._indexes = (
-            None if plan.index is None else LayerIndexes(store, self._place, plan.index, plan.sizes)
-        )
+        self.indexes = self._open_indexes(directory)
         self._queries = QuerySample(plan.kept_queries)
         self._steering = ErrorSteering()
         self._check = SelfCheck(store, plan.check_every, self._observe)
-        self._outlooks: dict[tuple[int, int], _Outlook] = {}
+        self._outlooks: dict[tuple[int, int], Outlook] = {}
+
+    def _open_indexes(self, directory: Path | None) -> LayerIndexes | None:
+        plan = self.plan
+        if plan.index is None:
+            return None
+        if plan.abstracts == "ram":
+            return LayerIndexes(self._store, self._place, plan.sizes)
+        if directory is None or self._place.type != "cpu":
+            raise ConfigError(
+                f"abstracts='disk' needs the tier 'disk' and a search on the host; the tiers are "
+                f"{[tier.name for tier in self._store.tiers]}, the search is on {self._place}"
+            )
+        return LayerIndexes(self._store, self._place, plan.sizes, directory)
 
     @property
     def index_bytes(self) -> int:
         """Bytes of the indexes, and of the queries kept to build them."""
-        built = 0 if self._indexes is None else self._indexes.num_bytes
+        built = 0 if self.indexes is None else self.indexes.num_bytes
         return built + self._queries.num_bytes
 
     @property
@@ -116,22 +137,22 @@ class Retrieval:
         self._check.settle()
         if self._rows is not None:
             self._rows.settle()
-        if self._indexes is not None:
-            self._indexes.settle()
+        if self.indexes is not None:
+            self.indexes.settle()
 
     def forget(self, owner: int) -> None:
         """Drop what is kept for one cache or fork."""
         if self._rows is not None:
             self._rows.forget(owner)
-        if self._indexes is not None:
-            self._indexes.forget(owner)
+        if self.indexes is not None:
+            self.indexes.forget(owner)
         self._outlooks = {key: kept for key, kept in self._outlooks.items() if key[0] != owner}
 
     def close(self) -> None:
         """Stop what goes on in the background. Idempotent."""
         self._check.close()
-        if self._indexes is not None:
-            self._indexes.close()
+        if self.indexes is not None:
+            self.indexes.close()
 
     def attend(self, layer: Layer, call: AttentionCall) -> tuple[list[Partial], range]:
         """Attend sparsely to the chunks that may be read so.
@@ -156,13 +177,13 @@ class Retrieval:
         covered = self.plan.covered(ripe, size)
         if covered and self._break_even.is_dense(layer.num_context, call.query.shape[1]):
             return [], range(0)
-        if not covered or self._indexes is None:
+        if not covered or self.indexes is None:
             positions = call.query.shape[2] * len(layer.rows)
             self._store.counters.covered_tokens += (
                 len(covered) * size * self._store.layout.num_kv_heads * positions
             )
             return [], covered
-        outlook = self._outlooks.setdefault((layer.owner, layer.index), _Outlook())
+        outlook = self._outlooks.setdefault((layer.owner, layer.index), Outlook())
         outlook.follow(layer.version, ripe, covered)
         parts = [self._attend_row(layer, call, row, outlook) for row in range(len(layer.rows))]
         return [Partial(*(torch.stack(both) for both in zip(*parts, strict=True)))], covered
@@ -172,16 +193,17 @@ class Retrieval:
         for row, query in enumerate(call.query):
             self._queries.add((layer.index, row), query)
         heads = self._heads(layer)
-        if self._indexes is not None and heads and not self.plan.kept_queries:
+        recipe = self.plan.recipe(layer.number)
+        if self.indexes is not None and heads and recipe and not self.plan.kept_queries:
             for chunks in layer.rows:
-                self._indexes.prepare(chunks[ripe.start : ripe.stop], heads)
+                self.indexes.prepare(chunks[ripe.start : ripe.stop], heads, recipe)
 
     def _heads(self, layer: Layer) -> tuple[int, ...]:
         return self.plan.heads(layer.index, self._store.layout.num_kv_heads)
 
     def can_anticipate(self, layer: Layer) -> bool:
         """Whether a layer has the chunks it was last searched with, some of them in no memory."""
-        outlook = self._outlooks.get((layer.owner, layer.index), _Outlook())
+        outlook = self._outlooks.get((layer.owner, layer.index), Outlook())
         return outlook.version == layer.version and self._is_beyond_memory(layer, outlook)
 
     def anticipate(self, layer: Layer, query: Tensor) -> None:
@@ -206,12 +228,13 @@ class Retrieval:
         for row in range(len(layer.rows)):
             index, run = self._open_row(layer, row, outlook, heads)
             asked = query[row].float().unflatten(0, groups)[list(heads)].to(self._place)
-            ids = self._search(asked, index, layer.num_context, has_spares=True)[1].cpu().numpy()
+            past = outlook.past.get(row)
+            ids = self._search(asked, index, layer, past, has_spares=True)[1].cpu().numpy()
             outlook.expected[row] = ids
             self._store.counters.anticipated_rows += int(np.count_nonzero(ids >= 0))
             self._rows.prefetch(*run, ids)
 
-    def _is_beyond_memory(self, layer: Layer, outlook: "_Outlook") -> bool:
+    def _is_beyond_memory(self, layer: Layer, outlook: Outlook) -> bool:
         """Whether rows may have to come from the disk, and there is memory to keep them in."""
         if self._keeps_rows and outlook.store_version != self._store.version:
             outlook.store_version = self._store.version
@@ -224,7 +247,7 @@ class Retrieval:
         return outlook.is_beyond_memory
 
     def _attend_row(
-        self, layer: Layer, call: AttentionCall, row: int, outlook: "_Outlook"
+        self, layer: Layer, call: AttentionCall, row: int, outlook: Outlook
     ) -> tuple[Tensor, Tensor]:
         """Attend for one row; ``out`` [num_heads, num_queries, value_dim] and ``lse`` of it."""
         layout = self._store.layout
@@ -242,7 +265,9 @@ class Retrieval:
         # A group shares what it reads; the queries of different positions look for other things.
         for position in range(num_queries):
             one = asked[:, :, position]
-            hits, likely = self._search(one, index, layer.num_context, has_spares=has_spares)
+            past = outlook.past.get(row)
+            hits, likely = self._search(one, index, layer, past, has_spares=has_spares)
+            outlook.remember(row, position, index, hits)
             self._count(hits, index, expected)
             found = self._attend_heads(one, index, run, hits, likely)
             out.view(*groups, -1)[list(heads), :, position] = found.out.to(out.device)
@@ -250,24 +275,27 @@ class Retrieval:
         return out, lse
 
     def _open_row(
-        self, layer: Layer, row: int, outlook: "_Outlook", heads: tuple[int, ...]
-    ) -> tuple[KeyIndex, "_Run"]:
+        self, layer: Layer, row: int, outlook: Outlook, heads: tuple[int, ...]
+    ) -> tuple[KeyIndex, Run]:
         """Return the index over a row, and the chunks that it covers."""
-        assert self._indexes is not None
+        assert self.indexes is not None
         queries = self._queries.get((layer.index, row), self._store.layout.num_kv_heads)
         if queries is not None:
             queries = queries[list(heads)]
         holder = Holder(layer.owner, layer.index, row)
         ripe, covered = outlook.ripe, outlook.covered
         chunks = layer.rows[row][ripe.start : ripe.stop]
-        index = self._indexes.over(holder, (layer.version, ripe), chunks, heads, queries)
+        recipe = self.plan.recipe(layer.number)
+        assert recipe is not None
+        version = (layer.version, ripe)
+        index = self.indexes.over(holder, version, chunks, heads, recipe, queries)
         chunks = layer.rows[row][covered.start : covered.stop]
         assert index.num_tokens == len(chunks) * self._store.layout.chunk_tokens
-        version = (layer.version, covered.start, covered.stop)
-        return index, _Run(layer.index, (layer.owner, row), version, chunks, heads)
+        run_version = (layer.version, covered.start, covered.stop)
+        return index, Run(layer.index, (layer.owner, row), run_version, chunks, heads)
 
     def _attend_heads(
-        self, query: Tensor, index: KeyIndex, run: "_Run", hits: Hits, likely: Tensor
+        self, query: Tensor, index: KeyIndex, run: Run, hits: Hits, likely: Tensor
     ) -> Partial:
         """Attend for some KV heads; ``query`` is [len(heads), group_size, key_dim], scaled."""
         assert self._rows is not None
@@ -294,19 +322,25 @@ class Retrieval:
         return merged
 
     def _search(
-        self, query: Tensor, index: KeyIndex, num_context: int, *, has_spares: bool
+        self,
+        query: Tensor,
+        index: KeyIndex,
+        layer: Layer,
+        past: Hits | None,
+        *,
+        has_spares: bool,
     ) -> tuple[Hits, Tensor]:
         """Return what to read, and the ids of that and, if asked for, of the next best tokens."""
-        budget, group = self.plan.tokens(num_context), self.plan.group
+        budget, group = self.plan.tokens(layer.num_context, layer.number), self.plan.group
         if self.plan.error is not None:
-            hits = index.search(query, budget, group)
+            hits = index.search(query, budget, group, past)
             least = self.plan.error * self._steering.factor
             counts = (index.expected_errors(query, hits)[:, :-1] > least).sum(1)
             chosen = hits.first(counts)
             spared = counts + counts // _SPARE_PART
             return chosen, hits.first(spared).ids if has_spares else chosen.ids
         spare = budget // _SPARE_PART if has_spares else 0
-        hits = index.search(query, budget + spare, group)
+        hits = index.search(query, budget + spare, group, past)
         chosen = replace(hits, ids=hits.ids[:, :budget])
         return chosen, hits.ids if has_spares else chosen.ids
 
@@ -329,46 +363,6 @@ class Retrieval:
     def _observe(self, error: float) -> None:
         if self.plan.error is not None:
             self._steering.observe(error, self.plan.error)
-
-
-@dataclass(slots=True)
-class _Outlook:
-    """What a layer was last asked about, and what it is expected to choose next.
-
-    Attributes
-    ----------
-    version : int
-        Of its rows, then.
-    ripe, covered : range
-        Chunks; see ``SparsePlan``.
-    expected : dict of int to ndarray
-        By row of the batch, int64 [len(heads), num_tokens].
-    store_version, is_beyond_memory
-        Whether, at that version of the store, some of what is covered was on the disk only.
-    """
-
-    version: int = -1
-    ripe: range = range(0)
-    covered: range = range(0)
-    expected: dict[int, Ints] = field(default_factory=dict)
-    store_version: int = -1
-    is_beyond_memory: bool = False
-
-    def follow(self, version: int, ripe: range, covered: range) -> None:
-        """Note what is asked about now."""
-        if (version, ripe, covered) != (self.version, self.ripe, self.covered):
-            self.version, self.ripe, self.covered = version, ripe, covered
-            self.store_version = -1
-
-
-class _Run(NamedTuple):
-    """Chunks of one row of a layer, and the heads that are read of them; see ``RowReader``."""
-
-    layer: int
-    row_key: tuple[int, int]
-    version: Hashable
-    chunks: Sequence[ChunkId]
-    heads: tuple[int, ...]
 
 
 def _unread(likely: Ints, addresses: Ints) -> Ints:

@@ -112,7 +112,9 @@ class TestDiskTier(TierContract):
         [ChunkLayout(4, 16, 64, 64, torch.bfloat16), ChunkLayout(4, 5, 7, 9, torch.float32)],
         ids=["whole_pages", "odd_bytes"],
     )
-    def test_read_of_heads_returns_only_those_heads(self, layout: ChunkLayout, heads: slice) -> None:
+    def test_read_of_heads_returns_only_those_heads(
+        self, layout: ChunkLayout, heads: slice
+    ) -> None:
         tier = self.make_tier(4, layout)
         source, slots = make_buffers(2, layout, seed=5), tier.allocate(2)
         tier.write(slots, make_infos(2), source).wait(WAIT_S)

@@ -21,9 +21,7 @@ def runs_of_keys(draw: st.DrawFn) -> list[Tensor]:
     means = draw(st.sampled_from([0.0, 1.0, 1000.0])) * torch.randn(dim, generator=rng)
     scales = torch.randn(dim, generator=rng).exp() * spread
     lengths = draw(st.lists(st.integers(1, 400), min_size=1, max_size=3))
-    return [
-        (means + scales * torch.randn(heads, n, dim, generator=rng)).to(dtype) for n in lengths
-    ]
+    return [(means + scales * torch.randn(heads, n, dim, generator=rng)).to(dtype) for n in lengths]
 
 
 def tokens_of(tree: BoxTree, level: int) -> Tensor:

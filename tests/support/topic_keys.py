@@ -6,11 +6,18 @@ from torch import Tensor
 
 
 def topic_keys(
-    num_heads: int, num_tokens: int, dim: int, *, topic_tokens: int = 64, seed: int = 0
+    num_heads: int,
+    num_tokens: int,
+    dim: int,
+    *,
+    topic_tokens: int = 64,
+    noise: float = 0.25,
+    seed: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return keys [num_heads, num_tokens, dim], and the topics of each head [num_topics, dim].
 
-    Channels have means, and four of them large ones, as in language models.
+    Channels have means, and four of them large ones, as in language models. Within a topic keys
+    differ by ``noise``, relative to how topics differ.
     """
     rng = np.random.default_rng(seed)
     keys, topics = np.empty((num_heads, num_tokens, dim), np.float32), []
@@ -20,7 +27,7 @@ def topic_keys(
         stops = np.cumsum(rng.geometric(1 / topic_tokens, num_tokens))
         topic = np.searchsorted(stops, np.arange(num_tokens), side="right")
         own = rng.standard_normal((int(topic[-1]) + 1, dim))
-        keys[head] = means + own[topic] + 0.5 * rng.standard_normal((num_tokens, dim))
+        keys[head] = means + own[topic] + noise * rng.standard_normal((num_tokens, dim))
         topics.append(torch.from_numpy(own.astype(np.float32)))
     return torch.from_numpy(keys), topics
 

@@ -23,6 +23,7 @@ from offload.index.mean import MeanIndex
 from offload.index.projection import ProjectionIndex
 from offload.index.residual import ResidualIndex
 from offload.index.topk import TopKIndex
+from offload.index.tree import TreeIndex
 from tests.contracts.index_contract import (
     error,
     found_values,
@@ -42,6 +43,8 @@ INDEXES: dict[str, Build] = {
     **ADAPTIVE,
     "clusters": ClusterIndex.build,
     "bounds": BoundsIndex.build,
+    "tree": partial(TreeIndex.build, leaf_tokens=8),
+    "tree of codes": partial(TreeIndex.build, leaf_tokens=8, num_levels=3, bits=8),
     "mean": MeanIndex.build,
     "cosine": partial(MeanIndex.build, is_cosine=True),
     "representatives": partial(MeanIndex.build, chunk_tokens=32, representatives=4),

@@ -60,7 +60,7 @@ def test_contender_takes_a_codec_of_the_disk() -> None:
     ("name", "message"),
     [
         ("exact:codec=zip", "no codec 'zip'"),
-        ("adaptive:speed=2", "unknown option 'speed'; known: error, wait_us, codec"),
+        ("adaptive:speed=2", "unknown option 'speed'; known: error, wait_us, early, codec"),
         ("fast", "unknown policy 'fast'; known: exact, adaptive"),
         ("adaptive:", "is no number"),
         ("adaptive:some", "is no number"),

@@ -18,6 +18,7 @@ from offload.index.mean import MeanIndex
 from offload.index.projection import ProjectionIndex
 from offload.index.residual import ResidualIndex
 from offload.index.topk import TopKIndex
+from offload.index.tree import TreeIndex
 from tests.contracts.index_contract import random_rows, sparse_attention
 
 Build = Callable[[Tensor, Tensor], KeyIndex]
@@ -26,6 +27,8 @@ INDEXES: dict[str, Build] = {
     "adaptive": ResidualIndex.build,
     "clusters": ClusterIndex.build,
     "bounds": BoundsIndex.build,
+    "tree": partial(TreeIndex.build, leaf_tokens=8),
+    "tree of codes": partial(TreeIndex.build, leaf_tokens=8, num_levels=3, bits=8),
     "mean": MeanIndex.build,
     "oracle": TopKIndex.build,
     "projection": ProjectionIndex.build,

@@ -12,6 +12,7 @@ from offload.errors import ConfigError
 from offload.index.base import Hits
 from offload.index.best_first import best_first
 from offload.index.bounds import BoundsIndex
+from offload.index.boxes import BLOCK_LEAVES
 from offload.index.tree import TreeIndex, TreeState
 from offload.kernels.boxes import bounds
 from tests.contracts.index_contract import random_rows
@@ -75,16 +76,23 @@ def test_nothing_rejected_and_everything_looked_into_equals_the_flat_ranking(
 
 
 @pytest.mark.parametrize(
-    ("top_tokens", "over", "most_scored", "overlap"),
-    [(16, 2, 0.61, 0.75), (16, 3, 0.66, 0.92), (32, 2, 0.41, 0.50), (32, 3, 0.49, 0.64)]
-    + [(64, 1, 0.22, 0.25), (64, 2, 0.31, 0.40), (64, 3, 0.40, 0.50)],
+    ("num_levels", "over", "most_scored", "overlap"),
+    [
+        (2, 2.0, 0.61, 0.75),
+        (2, 3.0, 0.66, 0.92),
+        (3, 2.0, 0.41, 0.49),
+        (3, 3.0, 0.49, 0.64),
+        (4, 1.0, 0.22, 0.23),
+        (4, 2.0, 0.31, 0.37),
+        (4, 3.0, 0.40, 0.48),
+    ],
 )
 def test_rounds_over_topics_agree_with_the_flat_ranking(
-    top_tokens: int, over: float, most_scored: float, overlap: float
+    num_levels: int, over: float, most_scored: float, overlap: float
 ) -> None:
     keys, topics = topic_keys(2, 32768, 128)
     queries, budget = topic_queries(topics, 6, 1, stay=0.0) * 0.3, 1632
-    options = {"leaf_tokens": LEAF, "fanout": top_tokens // LEAF, "over": float(over)}
+    options = {"leaf_tokens": LEAF, "fanout": 2, "num_levels": num_levels, "over": over}
     tree = TreeIndex.build(keys, keys, **options)
     flat = BoundsIndex.build(keys, keys, chunk_tokens=LEAF)
     shares, masses = [], []
@@ -94,13 +102,13 @@ def test_rounds_over_topics_agree_with_the_flat_ranking(
         shares += [torch.isin(a, b).float().mean() for a, b in zip(hits.ids, best.ids, strict=True)]
         masses.append(kept_mass(keys, query, hits.ids) - kept_mass(keys, query, best.ids))
     assert float(torch.stack(shares).mean()) >= overlap
-    assert float(torch.cat(masses).mean()) > -0.07
+    assert float(torch.cat(masses).mean()) > -0.01
 
 
 @pytest.mark.parametrize("bits", [None, 8])
 def test_scanned_bytes_are_those_of_the_boxes_that_were_looked_at(bits: int | None) -> None:
     keys = random_rows(2, 4096, 64)
-    index = TreeIndex.build(keys, keys, leaf_tokens=LEAF, bits=bits)
+    index = TreeIndex.build(keys, keys, leaf_tokens=LEAF, bits=bits, over=2.0)
     hits = index.search(random_rows(2, 1, 64, seed=1), 64)
     # 128 nodes at the top; of those as many are split as have twice the budget.
     num_scored = 2 * (128 + 4 * 4)
@@ -108,7 +116,7 @@ def test_scanned_bytes_are_those_of_the_boxes_that_were_looked_at(bits: int | No
     if bits is None:
         assert hits.scanned_bytes == num_scored * 2 * 64 * 4
     else:
-        scales = sum(level.scale.nbytes + level.offset.nbytes for level in index.tree.levels)
+        scales = 2 * 2 * (4096 // LEAF // BLOCK_LEAVES) * 64 * 4
         assert hits.scanned_bytes == num_scored * 2 * 64 + scales
 
 
@@ -190,24 +198,24 @@ def test_nodes_are_whole_again_after_as_many_idle_steps_as_patience_has() -> Non
 
 def test_frontier_goes_on_in_an_index_that_has_grown() -> None:
     keys, topics = topic_keys(2, 12000, 64)
-    queries = topic_queries(topics, 12, 2, stay=1.0) * 0.5
-    options = {"leaf_tokens": LEAF, "patience": 6}
-    parts = [TreeIndex.build(part, part, **options) for part in keys.split([5003, 4000, 2997], 1)]
-    past = None
+    queries = topic_queries(topics, 12, 2, stay=1.0) * 0.2
+    options = {"leaf_tokens": LEAF, "over": 3.0, "patience": 6}
+    lengths = [5003, 4000, 2997]
+    parts = [TreeIndex.build(part, part, **options) for part in keys.split(lengths, 1)]
+    past, state = None, None
     for step, query in enumerate(queries):
         index = TreeIndex.join(parts[: 1 + step // 4])
-        found = index.search(query, 512, past=past)
-        best = index.search(query, index.num_tokens // 2).ids[:, :512]
-        near = keys[:, : index.num_tokens]
-        lost = kept_mass(near, query, best) - kept_mass(near, query, found.ids)
-        assert float(lost.mean()) < 0.02
-        past = found
-    assert past is not None
-    frontier = state_of(past).frontier
-    assert frontier is not None
-    assert [len(level[0]) for level in frontier.split] == [
-        level.num_nodes for level in TreeIndex.join(parts).tree.levels
-    ]
+        past = index.search(query, 512, past=past)
+        near, best = keys[:, : index.num_tokens], index.search(query, index.num_tokens).ids
+        lost = kept_mass(near, query, best[:, :512]) - kept_mass(near, query, past.ids)
+        assert float(lost.mean()) < 0.04
+        state = state_of(past).frontier
+        assert state is not None
+        sizes = [level.num_nodes for level in index.tree.levels]
+        assert [level.shape[1] for level in state.split] == sizes
+    assert state is not None
+    new = (lengths[0] + lengths[1]) // (LEAF * 4) + 1
+    assert bool((state.split[1][:, new:] > 0).any())
 
 
 def test_frontier_of_another_kind_of_tree_is_left_aside() -> None:
