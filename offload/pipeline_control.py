@@ -5,6 +5,7 @@ compute. The model is that of ``prefetch.pipeline``, and ours; what it is fed is
 between one layer and the next.
 """
 
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from offload.stats import Counters
 from offload.tiers.codec_choice import CodecChoice
 from offload.tiers.codec_ladder import codec_of, find_codec
 from offload.tiers.disk import DiskTier
+from offload.tiers.read_meter import Fetched
 
 _PLAN_EVERY = 64
 """Layers between two plans."""
@@ -63,11 +65,13 @@ class PipelineControl:
         self._work = LayerWork(0, 0, 0, 0)
         self._plan: PipelinePlan | None = None
         self._before: _Seen | None = None
+        self._untimed = Fetched(0, 0)
 
     def stats(self) -> dict[str, Any]:
         """Return what stages take, what the model says they take, and what is stored encoded."""
         codec, share = self._choice.current
-        return {**self._clock.stats().to_dict(), "codec": codec.name, "encoded_share": share}
+        encoded = share if codec.number else 0.0
+        return {**self._clock.stats().to_dict(), "codec": codec.name, "encoded_share": encoded}
 
     def layer_begins(self, num_pieces: int) -> int | None:
         """Take note that a layer asks for rows now.
@@ -101,8 +105,7 @@ class PipelineControl:
     def _observe(self, seen: "_Seen") -> None:
         compute_s = max(0.0, seen.at_s - seen.waited_s)
         self._clock.observe_compute(compute_s)
-        if seen.disk_bytes:
-            self._clock.observe_disk(seen.disk_bytes, seen.num_reads, seen.disk_s)
+        self._observe_disk(seen)
         for number, (num_bytes, seconds) in self._disk.meter.take_decoded().items():
             name = codec_of(number).name
             if name in {codec.name for codec in self._clock.codecs()}:
@@ -117,6 +120,15 @@ class PipelineControl:
             compute_s=self._clock.stats().compute_s,
         )
 
+    def _observe_disk(self, seen: "_Seen") -> None:
+        """Take note of reads; those that still go on count with their time, when they end."""
+        num_bytes, num_reads = self._untimed
+        read = Fetched(num_bytes + seen.disk_bytes, num_reads + seen.num_reads)
+        is_timed = seen.disk_s > 0
+        if is_timed and read.num_reads:
+            self._clock.observe_disk(*read, seen.disk_s)
+        self._untimed = Fetched(0, 0) if is_timed else read
+
     def _choose(self) -> None:
         links, codecs = self._clock.links(), self._clock.codecs()
         self._plan = choose_codec(self._work, links, codecs)
@@ -129,7 +141,7 @@ class PipelineControl:
         each = self._work.disk_bytes / max(1.0, self._work.num_reads)
         work = replace(self._work, disk_bytes=num_pieces * each, num_reads=num_pieces)
         hidden = chunks_that_hide(work, self._clock.links(), self._plan.codec, num_pieces)
-        return max(hidden, int(self._least_share * num_pieces))
+        return max(hidden, math.ceil(self._least_share * num_pieces))
 
 
 class _Seen:

@@ -75,11 +75,11 @@ PRESETS = {
             KeepFirst,
             _no_tail(
                 # Boxes of half as many tokens in half as many bits find more than the paper's do.
-                _over(TreeIndex, leaf_tokens=16, bits=8, fanout=2, over=2.0, lean=0.5),
+                _over(TreeIndex, leaf_tokens=8, bits=8, fanout=2, over=2.0),
                 budget=0.1,
                 # Boxes are made in no time, so nearly all of a context has them.
                 sizes=SegmentSizes((8192, 1024, 128)),
-                early=EarlyLayers(2, _over(TreeIndex, leaf_tokens=8, bits=8, lean=0.5), budget=0.5),
+                early=EarlyLayers(2, _over(TreeIndex, leaf_tokens=8, bits=8), budget=0.5),
             ),
         ),
         Preset("rekv", KeepFirst, _no_tail(_over(MeanIndex, is_cosine=True), budget=0.05)),
@@ -96,6 +96,10 @@ PRESETS = {
         Preset("streaming", KeepFirst, _no_tail(None, budget=2048)),
     )
 }
+
+
+_REFUSALS = (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError)
+"""What an index makes of options that it did not expect."""
 
 
 def find_preset(name: object) -> Preset:
@@ -199,7 +203,8 @@ def customised(
     if not tail:
         changes["has_tail"] = False
     if dense_below is not None:
-        if dense_below != "auto" and (isinstance(dense_below, bool) or dense_below < 0):
+        is_number = isinstance(dense_below, int) and not isinstance(dense_below, bool)
+        if dense_below != "auto" and not (is_number and dense_below >= 0):
             raise ConfigError(f"dense_below={dense_below!r} is neither 'auto' nor tokens")
         changes["dense_below"] = dense_below
     if abstracts is not None:
@@ -256,12 +261,16 @@ def _changed_index(
         return {**options, **({} if early_budget is None else {"early_budget": early_budget})}
     if options:
         if sparse.index is None:
-            raise ConfigError(f"policy {preset.name!r} has no index; it takes no {list(options)}")
+            raise ConfigError(
+                f"policy {preset.name!r} has no index; it takes no {' or '.join(options)}"
+            )
         index = IndexRecipe(sparse.index.kind, {**sparse.index.options, **options})
         try:
             index.build(torch.zeros(1, 64, 32), torch.zeros(1, 64, 32), None)
-        except TypeError as error:
-            raise ConfigError(f"policy {preset.name!r}: {error}") from error
+        except ConfigError:
+            raise
+        except _REFUSALS as error:
+            raise ConfigError(f"policy {preset.name!r} with {options}: {error!r}") from error
         changes["index"] = index
     if early_budget is not None:
         if sparse.early is None:

@@ -69,13 +69,13 @@ def save(
         if packed:
             tensors.update(found)
             state[str(index)] = packed
-    found, packed_indexes = pack_indexes(runtime)
-    if packed_indexes:
-        tensors.update(found)
-        state[INDEXES] = packed_indexes
     facts, salt = _identity(model, weights_id), link.store.salt
     namespace = make_namespace(facts, runtime.engine.layout, sorted(runtime.layers), salt)
     with runtime.engine.lock:
+        found, packed_indexes = pack_indexes(runtime)
+        if packed_indexes:
+            tensors.update(found)
+            state[INDEXES] = packed_indexes
         content = link.content(runtime, namespace, ids, tensors, state)
         saved = link.store.save(name, content, ttl_s=ttl_s, pin=pin, progress=progress)
         link.adopt_saved(runtime, saved, is_shared=core.is_shared)

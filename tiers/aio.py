@@ -107,8 +107,8 @@ class ReadQueue:
         submitted = 0
         while submitted < count:
             pointers = ctypes.c_void_p(int(self._pointers.ctypes.data) + 8 * submitted)
-            left = ctypes.c_long(count - submitted)
-            taken = _libc.syscall(self._submit, self._context, left, pointers)
+            number = ctypes.c_long(count - submitted)
+            taken = _libc.syscall(self._submit, self._context, number, pointers)
             if taken <= 0:
                 break
             submitted += taken

@@ -128,8 +128,8 @@ def _stored(
     payload_bytes, num_units, unit_tokens = (int(number) for number in found[12:])
     if magic != MAGIC or version not in (1, FORMAT_VERSION) or (version == 1 and codec):
         raise CorruptChunk(
-            f"{name_of(info)}: magic {magic!r}, format version {version}, codec {codec}; this code "
-            f"reads {MAGIC!r}, format versions 1, without codecs, and {FORMAT_VERSION}"
+            f"{name_of(info)}: magic {magic!r}, format version {version!r}, codec {codec!r}; this "
+            f"code reads {MAGIC!r}, format versions 1, without codecs, and {FORMAT_VERSION}"
         )
     tokens = fmt.layout.chunk_tokens
     unit_tokens = tokens if version == 1 else unit_tokens

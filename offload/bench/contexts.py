@@ -4,7 +4,6 @@ One set of keys and values serves all layers and rows, since every cache keeps i
 them anyway; every layer, row and head asks queries of its own.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +21,8 @@ ContextKind = Literal["parametric", "topics", "gaussian"]
 
 _TEMPERATURES = (FLAT, MEDIUM, SHARP)
 _POOL_QUERIES = 512
-_TOPICS: Mapping[str, float] = {"token_weight": 0.3, "topic_weight": 1.0}
+_WEIGHTS = {"parametric": (0.8, 0.6), "topics": (0.3, 1.0)}
+"""Of the token and of the topic."""
 _Array = NDArray[np.float32]
 
 
@@ -121,6 +121,7 @@ def _pools(kind: ContextKind, dim: int, num_keys: int, seed: int) -> list[_Pool]
         )
         keys, values, queries = drawn
         return [_Pool(keys, values, queries.numpy())]
+    token_weight, topic_weight = _WEIGHTS[kind]
     heads = (
         make_head(
             Shape(
@@ -129,7 +130,8 @@ def _pools(kind: ContextKind, dim: int, num_keys: int, seed: int) -> list[_Pool]
                 num_queries=_POOL_QUERIES,
                 num_train_queries=1,
                 temperature=temperature,
-                **(_TOPICS if kind == "topics" else {}),
+                token_weight=token_weight,
+                topic_weight=topic_weight,
                 seed=seed + number,
             )
         )

@@ -2,9 +2,10 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from offload.bench.contenders import STOCK, expand
+from offload.bench.contexts import ContextKind
 from offload.bench.settings import BenchSettings
 from offload.bench.shapes import DTYPES, SHAPES
 from offload.cli_options import positive_int
@@ -38,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = "begin no further round of a cell after so many"
     _add(parser, "--seconds", "seconds", text, type=float, metavar="S")
     text = "keys and values like those of language models, or normal numbers"
-    _add(parser, "--context-kind", "context_kind", text, choices=("parametric", "gaussian"))
+    _add(parser, "--context-kind", "context_kind", text, choices=get_args(ContextKind))
     text = "of the queries of successive steps, 0 (independent) to 1"
     _add(parser, "--query-correlation", "correlation", text, type=float, metavar="R")
     _add(parser, "--dtype", "dtype", "of keys, values and weights", choices=DTYPES)

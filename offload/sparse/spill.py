@@ -37,14 +37,15 @@ def spill(index: Index, directory: Path) -> Index:
     """
     tensors = {name: tensor.contiguous() for name, tensor in index.tensors().items()}
     sizes = {name: round_up(max(1, tensor.nbytes)) for name, tensor in tensors.items()}
-    fd = open_nameless(directory)
     try:
-        mapped = _write_and_map(fd, tensors, sizes)
+        fd = open_nameless(directory)
+        try:
+            mapped = _write_and_map(fd, tensors, sizes)
+        finally:
+            os.close(fd)
     except OSError as error:
         num_bytes = sum(sizes.values())
         raise as_storage_error(error, f"{num_bytes} bytes of an index to {directory}") from error
-    finally:
-        os.close(fd)
     return type(index).restore(mapped, index.meta())
 
 

@@ -290,7 +290,7 @@ def test_index_that_grew_and_was_compacted_equals_one_built_at_once(
         runtime = cache._core.runtime
         assert runtime is not None
         assert runtime.engine.retrieval is not None
-        indexes = runtime.engine.retrieval._indexes
+        indexes = runtime.engine.retrieval.indexes
         assert indexes is not None
         builder = IndexBuilder(runtime.engine.store, torch.device("cpu"))
         assert len(indexes._joined) == len(runtime.layers)

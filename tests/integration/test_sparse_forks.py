@@ -94,9 +94,9 @@ def test_index_of_a_cache_that_grows_is_held_once(cache: OffloadedCache) -> None
     assert runtime is not None
     retrieval = runtime.engine.retrieval
     assert retrieval is not None
-    assert retrieval._indexes is not None
+    assert retrieval.indexes is not None
     retrieval.settle()
-    joined = retrieval._indexes._joined.values()
+    joined = retrieval.indexes._joined.values()
     assert len(joined) == model.config.num_hidden_layers
     assert all(index.num_tokens == 6 * 1024 for index in joined)
 
@@ -116,5 +116,5 @@ def test_nothing_is_kept_once_the_tokens_are_gone(cache: OffloadedCache) -> None
     assert runtime is not None
     retrieval = runtime.engine.retrieval
     assert retrieval is not None
-    assert retrieval._indexes is not None
-    assert len(retrieval._indexes._joined) == model.config.num_hidden_layers
+    assert retrieval.indexes is not None
+    assert len(retrieval.indexes._joined) == model.config.num_hidden_layers
