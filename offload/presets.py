@@ -12,6 +12,7 @@ from offload.errors import ConfigError
 from offload.index.base import Combine, KeyIndex
 from offload.index.bounds import BoundsIndex
 from offload.index.clusters import ClusterIndex
+from offload.index.heavy import HeavyIndex
 from offload.index.mean import MeanIndex
 from offload.index.projection import ProjectionIndex
 from offload.index.residual import ResidualIndex
@@ -74,14 +75,17 @@ PRESETS = {
             "leoam",
             KeepFirst,
             _no_tail(
-                # Boxes of half as many tokens in half as many bits find more than the paper's do.
-                _over(TreeIndex, leaf_tokens=8, bits=8, fanout=2, over=2.0),
+                # Boxes of fewer tokens in fewer bits find more than the paper's do.
+                _over(TreeIndex, leaf_tokens=8, bits=8, fanout=2),
                 budget=0.1,
                 # Boxes are made in no time, so nearly all of a context has them.
                 sizes=SegmentSizes((8192, 1024, 128)),
                 early=EarlyLayers(2, _over(TreeIndex, leaf_tokens=8, bits=8), budget=0.5),
             ),
+            # Whole boxes are read at once; what lies just below the cut is seldom next.
+            RowPlan(reads_ahead=False),
         ),
+        Preset("h2o", KeepFirst, _no_tail(_over(HeavyIndex), budget=0.2, kept_queries=256)),
         Preset("rekv", KeepFirst, _no_tail(_over(MeanIndex, is_cosine=True), budget=0.05)),
         Preset(
             "infllm",

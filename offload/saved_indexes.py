@@ -129,6 +129,8 @@ def _restored(
     index = recipe.kind.restore(parts, saved["meta"])
     layout = runtime.engine.layout
     heads = retrieval.plan.heads(layer, layout.num_kv_heads)
+    if (names := index.tensors().keys()) != parts.keys():
+        raise ConfigError(f"tensors {sorted(parts)}, not {sorted(names)}")
     expected = len(heads), layout.chunk_tokens * sum(map(len, segments))
     if (index.num_heads, index.num_tokens) != expected:
         raise ConfigError(

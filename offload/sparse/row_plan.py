@@ -20,6 +20,8 @@ class RowPlan:
         chunk allow; None: all of a chunk. Fewer are read faster, and hold up others less.
     reads_ahead : bool
         Whether rows are read that will probably be asked for; else only those that are.
+    most_in_flight : int or None
+        Pieces that are on their way from the disk at a time; None: as many as there are buffers.
     least_disk_share : float or None
         Read of what lies on the disk no more than can be hidden behind compute, as far as measured,
         the best first, but at least such a share, from 0 to 1. None: all that is wanted.
@@ -29,6 +31,7 @@ class RowPlan:
     line_share: float = 0.75
     piece_tokens: int | None = 1
     reads_ahead: bool = True
+    most_in_flight: int | None = None
     least_disk_share: float | None = None
 
     @property

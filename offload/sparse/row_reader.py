@@ -44,7 +44,7 @@ class RowReader:
     memory : RowMemory
         Of the host, counted by the caller.
     plan : RowPlan
-        Of it ``piece_tokens`` and ``reads_ahead``.
+        Of it ``piece_tokens``, ``reads_ahead`` and ``most_in_flight``.
     limit : callable, optional
         Told, when a layer begins, how many pieces on the disk it wants; returns how many it may
         read, the best first, or None: all.
@@ -68,7 +68,13 @@ class RowReader:
         if self._pinned is not None and memory.num_bytes:
             self._pinned.lock(0, memory.num_bytes)
         staging = self._memory[: memory.staging_bytes]
-        self._reads = PieceReads(store, staging, self._names, is_pinned=self._pinned is not None)
+        self._reads = PieceReads(
+            store,
+            staging,
+            self._names,
+            is_pinned=self._pinned is not None,
+            most_in_flight=plan.most_in_flight,
+        )
         self._lines = self._make_lines(self._memory[memory.staging_bytes :])
         self._fresh: Found = []
         self._dead: list[ChunkId] = []

@@ -1,5 +1,6 @@
 """Pieces of chunks on their way from the disk, and the rows that are wanted of them."""
 
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from offload.tiers.record_fill import Buffer
 from offload.tiers.transfer import Transfer
 from offload.types import ChunkId, round_up
 
-_FLIGHT_PIECES = 32
+_FLIGHT_PIECES = 64
 """Of one transfer: few, so that the first ones can be used while the last ones are read; but
 four for each of eight threads, which fewer would not keep busy."""
 
@@ -66,12 +67,20 @@ class PieceReads:
     staging : Tensor, uint8 [num_bytes]
         Page-aligned host memory. A buffer is one piece, in whole pages.
     keys : RowKeys
+    most_in_flight : int, optional
+        Use no more of the buffers.
     is_pinned : bool
         Page-lock the copies of rows that are handed out.
     """
 
     def __init__(
-        self, store: ChunkStore, staging: Tensor, keys: RowKeys, *, is_pinned: bool = False
+        self,
+        store: ChunkStore,
+        staging: Tensor,
+        keys: RowKeys,
+        *,
+        is_pinned: bool = False,
+        most_in_flight: int | None = None,
     ) -> None:
         self._store = store
         self._keys = keys
@@ -79,7 +88,7 @@ class PieceReads:
         self._tier = tier if isinstance(tier, ReadsParts) else None
         self._is_pinned = is_pinned
         stride = round_up(keys.piece_bytes)
-        self.num_buffers = staging.numel() // stride
+        self.num_buffers = min(staging.numel() // stride, most_in_flight or sys.maxsize)
         self._buffers = [
             Buffer.of(staging[i * stride : i * stride + keys.piece_bytes])
             for i in range(self.num_buffers)
