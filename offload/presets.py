@@ -214,6 +214,8 @@ def customised(
     if abstracts is not None:
         if abstracts not in ("ram", "disk"):
             raise ConfigError(f"abstracts={abstracts!r} is neither 'ram' nor 'disk'")
+        if preset.sparse is not None and preset.sparse.index is None:
+            raise ConfigError(f"policy {preset.name!r} has no index; it takes no abstracts")
         changes["abstracts"] = abstracts
     row_changes = _checked_rows(
         max_wait_us=max_wait_us, line_share=line_share, least_disk_share=least_disk_share

@@ -70,19 +70,16 @@ def with_needles(keys: Tensor, query: Tensor, tokens: list[int]) -> Tensor:
     return keys
 
 
-class IndexContract(ABC):
-    """Subclass, and say how to build the index.
+class BlindIndexContract(ABC):
+    """What holds even of an index that does not look at the query. Say how to build it.
 
     Attributes
     ----------
     has_tail : bool
         Subclass ``TailContract`` where it is true.
-    aligned_tokens : int
-        Runs of a multiple of this join without a trace.
     """
 
     has_tail: ClassVar[bool] = False
-    aligned_tokens: ClassVar[int]
 
     @abstractmethod
     def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
@@ -118,19 +115,6 @@ class IndexContract(ABC):
         for row in hits.ids:
             assert sorted(row.tolist()) == list(range(num_tokens))
 
-    @pytest.mark.parametrize("last", [0, 100])
-    def test_join_of_aligned_runs_equals_one_build(self, last: int) -> None:
-        lengths = [self.aligned_tokens, 2 * self.aligned_tokens] + [last] * (last > 0)
-        keys, values = random_rows(1, sum(lengths), 32), random_rows(1, sum(lengths), 32, seed=1)
-        whole = self.build(keys, values)
-        runs = zip(keys.split(lengths, 1), values.split(lengths, 1), strict=True)
-        joined = type(whole).join([self.build(*run) for run in runs])
-        assert joined.meta() == whole.meta()
-        for name, tensor in whole.tensors().items():
-            assert torch.equal(tensor, joined.tensors()[name]), name
-        query = random_rows(1, 4, 32, seed=2) / 3
-        assert torch.equal(joined.search(query, 200).ids, whole.search(query, 200).ids)
-
     def test_join_of_joined_parts_equals_one_join(self) -> None:
         parts = [self.build(random_rows(2, n, 64), random_rows(2, n, 64)) for n in (70, 33, 128)]
         at_once = type(parts[0]).join(parts)
@@ -147,15 +131,6 @@ class IndexContract(ABC):
         assert prefix.meta() == first.meta()
         for name, tensor in first.tensors().items():
             assert torch.equal(tensor, prefix.tensors()[name]), name
-
-    @pytest.mark.parametrize("needle", [0, 69, 70, 102, 103, 230])
-    def test_needle_in_joined_ragged_runs_is_found(self, needle: int) -> None:
-        query = random_rows(2, 1, 64, seed=1)
-        keys = with_needles(random_rows(2, 231, 64) / 10, query, [needle])
-        parts = [self.build(run, run) for run in keys.split([70, 33, 128], 1)]
-        joined = type(parts[0]).join(parts)
-        assert joined.num_tokens == 231
-        assert bool((joined.search(query, 64).ids == needle).any(1).all())
 
     @pytest.mark.parametrize("num_tokens", [1, 100, 1000])
     def test_restored_index_searches_and_estimates_as_the_original(self, num_tokens: int) -> None:
@@ -225,15 +200,6 @@ class IndexContract(ABC):
         for outs in concurrent:
             assert torch.equal(torch.stack(outs), serial)
 
-    @pytest.mark.parametrize("group", range(1, 9))
-    def test_every_query_of_a_group_finds_its_own_needle(self, group: int) -> None:
-        query = random_rows(2, group, 64, seed=1)
-        needles = [40 + 101 * number for number in range(group)]
-        keys = with_needles(random_rows(2, 1000, 64) / 10, query, needles)
-        hits = self.build(keys, random_rows(2, 1000, 64)).search(query, 64 * group)
-        for row in hits.ids:
-            assert set(needles) <= set(row.tolist())
-
     @pytest.mark.parametrize("num_tokens", [1, 20, 333])
     @pytest.mark.parametrize(
         ("key_dim", "value_dim"), [(64, 64), (80, 64), (96, 128), (128, 20), (256, 256), (192, 128)]
@@ -282,6 +248,59 @@ class IndexContract(ABC):
         out = sparse_attention(index, query, keys, values, hits, hits.found)
         assert torch.equal(out, torch.zeros_like(out))
 
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("name", ["key", "value"])
+    def test_rows_that_are_not_finite_are_refused_naming_token_and_head(
+        self, name: str, bad: float
+    ) -> None:
+        rows = {"key": random_rows(2, 9000, 32), "value": random_rows(2, 9000, 32)}
+        rows[name][1, 8765, 5] = bad
+        with pytest.raises(ConfigError, match=f"{name} of token 8765, head 1 is not finite"):
+            self.build(rows["key"], rows["value"])
+
+
+class IndexContract(BlindIndexContract):
+    """What must hold of an index that looks at the query besides.
+
+    Attributes
+    ----------
+    aligned_tokens : int
+        Runs of a multiple of this join without a trace.
+    """
+
+    aligned_tokens: ClassVar[int]
+
+    @pytest.mark.parametrize("last", [0, 100])
+    def test_join_of_aligned_runs_equals_one_build(self, last: int) -> None:
+        lengths = [self.aligned_tokens, 2 * self.aligned_tokens] + [last] * (last > 0)
+        keys, values = random_rows(1, sum(lengths), 32), random_rows(1, sum(lengths), 32, seed=1)
+        whole = self.build(keys, values)
+        runs = zip(keys.split(lengths, 1), values.split(lengths, 1), strict=True)
+        joined = type(whole).join([self.build(*run) for run in runs])
+        assert joined.meta() == whole.meta()
+        for name, tensor in whole.tensors().items():
+            assert torch.equal(tensor, joined.tensors()[name]), name
+        query = random_rows(1, 4, 32, seed=2) / 3
+        assert torch.equal(joined.search(query, 200).ids, whole.search(query, 200).ids)
+
+    @pytest.mark.parametrize("needle", [0, 69, 70, 102, 103, 230])
+    def test_needle_in_joined_ragged_runs_is_found(self, needle: int) -> None:
+        query = random_rows(2, 1, 64, seed=1)
+        keys = with_needles(random_rows(2, 231, 64) / 10, query, [needle])
+        parts = [self.build(run, run) for run in keys.split([70, 33, 128], 1)]
+        joined = type(parts[0]).join(parts)
+        assert joined.num_tokens == 231
+        assert bool((joined.search(query, 64).ids == needle).any(1).all())
+
+    @pytest.mark.parametrize("group", range(1, 9))
+    def test_every_query_of_a_group_finds_its_own_needle(self, group: int) -> None:
+        query = random_rows(2, group, 64, seed=1)
+        needles = [40 + 101 * number for number in range(group)]
+        keys = with_needles(random_rows(2, 1000, 64) / 10, query, needles)
+        hits = self.build(keys, random_rows(2, 1000, 64)).search(query, 64 * group)
+        for row in hits.ids:
+            assert set(needles) <= set(row.tolist())
+
     def test_key_of_hundredfold_length_is_found_by_the_query_it_points_at(self) -> None:
         keys, query = random_rows(2, 1000, 64), random_rows(2, 4, 64, seed=1) / 4
         keys[:, 777] = 100 * query[:, 2] * 8 / query[:, 2].norm(dim=-1, keepdim=True)
@@ -305,16 +324,6 @@ class IndexContract(ABC):
         wanted = full_attention(query, keys, values)
         assert error(out[:, 2], wanted[:, 2]) < 1e-5
         assert bool(torch.isfinite(out).all())
-
-    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-    @pytest.mark.parametrize("name", ["key", "value"])
-    def test_rows_that_are_not_finite_are_refused_naming_token_and_head(
-        self, name: str, bad: float
-    ) -> None:
-        rows = {"key": random_rows(2, 9000, 32), "value": random_rows(2, 9000, 32)}
-        rows[name][1, 8765, 5] = bad
-        with pytest.raises(ConfigError, match=f"{name} of token 8765, head 1 is not finite"):
-            self.build(rows["key"], rows["value"])
 
 
 class TailContract(IndexContract):
