@@ -98,7 +98,7 @@ class Retrieval:
         self._store = store
         self._rows = rows
         self._break_even = BreakEven(plan, store.layout, device)
-        self._keeps_rows = rows is not None and rows.num_lines > 0
+        self._keeps_rows = rows is not None and rows.num_lines > 0 and rows.reads_ahead
         self._max_wait_s = max_wait_s
         self._device = device
         self._place = torch.device("cpu") if plan.placement == "host" else device
@@ -235,7 +235,7 @@ class Retrieval:
             self._rows.prefetch(*run, ids)
 
     def _is_beyond_memory(self, layer: Layer, outlook: Outlook) -> bool:
-        """Whether rows may have to come from the disk, and there is memory to keep them in."""
+        """Whether rows may have to come from the disk, and may be read ahead into memory."""
         if self._keeps_rows and outlook.store_version != self._store.version:
             outlook.store_version = self._store.version
             table, disk = self._store.table, len(self._store.tiers) - 1

@@ -60,7 +60,8 @@ class RowReader:
     ) -> None:
         self._store = store
         self._limit = limit
-        self._reads_ahead = plan.reads_ahead
+        self.reads_ahead = plan.reads_ahead
+        """Whether ``prefetch`` does anything."""
         self._names = RowKeys.of(store.layout, _whole_parts(store, plan.piece_tokens))
         self._places = ChunkPlaces(store, device)
         self._memory = page_aligned(memory.num_bytes)
@@ -182,7 +183,7 @@ class RowReader:
         int
             Pieces whose read has begun.
         """
-        if not self._reads_ahead:
+        if not self.reads_ahead:
             return 0
         self._dead += self._places.refresh()
         row = self._places.row(layer, row_key, version, chunks)

@@ -9,11 +9,13 @@ from offload.index.base import KeyIndex
 from offload.index.bounds import BoundsIndex
 from offload.index.boxes import BLOCK_LEAVES
 from offload.index.clusters import SEGMENT_TOKENS, ClusterIndex
+from offload.index.heavy import HeavyIndex
 from offload.index.mean import MeanIndex
 from offload.index.residual import ResidualIndex
 from offload.index.topk import TopKIndex
 from offload.index.tree import TreeIndex
 from tests.contracts.index_contract import (
+    BlindIndexContract,
     IndexContract,
     TailContract,
     error,
@@ -134,6 +136,45 @@ class TestRepresentativeMeanIndex(IndexContract):
 
     def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
         return MeanIndex.build(keys, values, chunk_tokens=32, representatives=4)
+
+
+class TestHeavyIndex(BlindIndexContract):
+    def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
+        return HeavyIndex.build(keys, values)
+
+    def test_last_keys_stand_in_for_queries_that_are_not_known(self) -> None:
+        keys = random_rows(2, 300, 64)
+        asked = HeavyIndex.build(keys, keys, queries=keys[:, -64:])
+        assert torch.equal(HeavyIndex.build(keys, keys).scores, asked.scores)
+
+
+class TestHeavyIndexOfQueries(BlindIndexContract):
+    def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
+        return HeavyIndex.build(keys, values, queries=random_rows(len(keys), 9, keys.shape[2]))
+
+    def test_search_finds_what_past_queries_attended_to_whatever_is_asked_now(self) -> None:
+        past = random_rows(2, 3, 64, seed=5).repeat_interleave(50, 1)
+        query = random_rows(2, 4, 64, seed=6)
+        keys, heavy = random_rows(2, 900, 64) / 10, [13, 512, 899]
+        for number, token in enumerate(heavy):
+            towards = past[:, 50 * number]
+            keys[:, token] = 400 * towards / towards.square().sum(-1, keepdim=True)
+        light = query[:, 0]
+        keys[:, 100] = 400 * light / light.square().sum(-1, keepdim=True)
+        index = HeavyIndex.build(keys, keys, queries=past)
+        for row in index.search(query, len(heavy)).ids:
+            assert sorted(row.tolist()) == heavy
+
+    def test_score_of_a_token_is_its_mean_share_of_the_attention_of_a_segment(self) -> None:
+        keys, past = random_rows(2, 200, 64), random_rows(2, 150, 64, seed=5)
+        parts = [HeavyIndex.build(run, run, queries=past) for run in keys.split(100, 1)]
+        expected = [
+            (past @ run.mT / 8).softmax(-1).mean(1, keepdim=True)[:, 0]
+            for run in keys.split(100, 1)
+        ]
+        found = HeavyIndex.join(parts).scores
+        torch.testing.assert_close(found, torch.cat(expected, 1))
+        torch.testing.assert_close(found.sum(1), torch.full((2,), 2.0))
 
 
 class TestClusterIndex(TailContract):

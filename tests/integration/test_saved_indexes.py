@@ -1,100 +1,35 @@
 """Abstracts that are saved with a session are those that would be built, or are built again."""
 
-import copy
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from offload import CorruptChunk, OffloadedCache, SessionStore, resume, saved_indexes
-from offload.presets import Preset, customised
-from offload.runtime import Runtime
-from offload.saved_indexes import INDEXES, pack_indexes, restore_indexes
+from offload import SessionStore, saved_indexes
+from offload.presets import Preset
+from offload.saved_indexes import INDEXES, pack_indexes
 from offload.sparse.builder import IndexBuilder, Job
-from offload.sparse.segments import SegmentSizes
-from tests.support.generation import decode, prompt
+from tests.support.leoam_sessions import (
+    MORE_TOKENS,
+    NUM_SEGMENTS,
+    SIZE,
+    check_alike,
+    go_on,
+    in_short_segments,
+    leoam,
+    load,
+    make_root,
+    open_cache,
+    read,
+    runtime_of,
+    save,
+)
 from tests.support.models import make_model
 from tests.support.sessions import small_store
 
-TIERS = ("gpu", "cpu", "disk")
-SIZE = 16
-SLOT_BYTES = 4096
-NUM_TOKENS = 661
-"""41 chunks, of which 36 lie between sinks and window: four segments of 128 tokens, no fifth."""
-
-NUM_SEGMENTS = 4
-MORE_TOKENS = 300
-"""Enough for two segments: one of chunks that were there already, one of new ones."""
-
-BUDGET = 0.05
-
 Built = list[tuple[int, ...]]
-
-
-CAPACITY: dict[str, int | str] = {"gpu": 24 * SLOT_BYTES, "cpu": 96 * SLOT_BYTES, "disk": "64MiB"}
-"""A part of every layer is in no memory, whether it was read or loaded."""
-
-
-def leoam(**changes: Any) -> Preset:
-    return customised("leoam", **{"budget": BUDGET, "early_budget": 0.1, **changes})
-
-
-def in_short_segments(policy: str) -> Preset:
-    preset = customised(policy, budget=BUDGET, dense_layers=0)
-    assert preset.sparse is not None
-    return replace(preset, sparse=replace(preset.sparse, sizes=SegmentSizes((128,))))
-
-
-def open_cache(scratch: Path, policy: Preset | str | None = None) -> OffloadedCache:
-    policy = leoam() if policy is None else policy
-    return OffloadedCache(
-        TIERS, policy=policy, capacity=CAPACITY, disk_path=scratch, chunk_tokens=SIZE
-    )
-
-
-def load(
-    store: SessionStore, scratch: Path, policy: Preset | str | None = None, name: str = "chat"
-) -> OffloadedCache:
-    policy = leoam() if policy is None else policy
-    model = make_model("llama")
-    return OffloadedCache.load(
-        name, model, store=store, policy=policy, capacity=CAPACITY, disk_path=scratch
-    )
-
-
-@torch.no_grad()
-def read(
-    cache: OffloadedCache, batch: int = 1, num_tokens: int = NUM_TOKENS, seed: int = 1
-) -> None:
-    """Read a piece of a prompt exactly, and one token that is searched for."""
-    model = make_model("llama")
-    model(prompt(batch, num_tokens - 1, seed), past_key_values=cache)
-    model(prompt(batch, 1, seed + 50), past_key_values=cache)
-
-
-def go_on(cache: OffloadedCache, batch: int = 1) -> Tensor:
-    """Return the logits of some steps of decoding."""
-    return torch.cat([*decode(make_model("llama"), cache, prompt(batch, 1, seed=4), 5).logits])
-
-
-def check_alike(found: Tensor, expected: Tensor) -> None:
-    """Tokens are the same; sums of what lies in memory and of what does not differ in rounding."""
-    assert torch.equal(found.argmax(-1), expected.argmax(-1))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-
-
-def runtime_of(cache: OffloadedCache) -> Runtime:
-    runtime = cache._core.runtime
-    assert runtime is not None
-    return runtime
-
-
-def save(cache: OffloadedCache, store: SessionStore, name: str = "chat") -> None:
-    cache.save(name, store=store, model=make_model("llama"))
 
 
 @pytest.fixture
@@ -113,15 +48,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Built:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with session ``chat``, and ``bare``, the same without indexes."""
-    folder = tmp_path_factory.mktemp("saved")
-    with small_store(folder / "root") as store:
-        with open_cache(folder) as cache:
-            read(cache)
-            save(cache, store)
-        with load(store, folder, "exact") as cache:
-            save(cache, store, "bare")
-    return folder / "root"
+    return make_root(tmp_path_factory.mktemp("saved"))
 
 
 @pytest.fixture
@@ -341,76 +268,3 @@ def test_indexes_that_would_make_the_file_too_large_are_left_out(
         with load(other, tmp_path) as cache:
             assert torch.equal(go_on(cache), expected)
     assert built
-
-
-@pytest.fixture(scope="module")
-def bare(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
-    """A session without indexes, under the policy of those that the other was saved with."""
-    scratch = tmp_path_factory.mktemp("bare")
-    with small_store(root) as opened, load(opened, scratch, name="bare") as cache:
-        yield runtime_of(cache)
-
-
-Damage = Callable[[dict[str, Any]], object]
-
-DAMAGE: dict[str, Damage] = {
-    "no layer": lambda each: each.pop("layer"),
-    "another layer": lambda each: each.update(layer=77),
-    "no such row": lambda each: each.update(row=5),
-    "no segments": lambda each: each.update(lengths=[]),
-    "empty segment": lambda each: each.update(lengths=[8, 0, 8, 8, 8]),
-    "one segment less": lambda each: each.update(lengths=[8, 8, 8]),
-    "longer segments": lambda each: each.update(lengths=[8, 8, 8, 9]),
-    "more chunks than there are": lambda each: each.update(lengths=[8] * 9),
-    "lengths that are none": lambda each: each.update(lengths=["8"] * 4),
-    "later start": lambda each: each.update(start=30),
-    "missing tensor": lambda each: each["tensors"].pop(),
-    "tensor that is not there": lambda each: each.update(tensors=["index.99.lower"]),
-    "name of a tensor": lambda each: each.update(tensors=["lower"]),
-    "no meta": lambda each: each.update(meta=None),
-    "impossible settings": lambda each: each["meta"]["settings"].update(leaf_tokens=0),
-    "unknown setting": lambda each: each["meta"]["settings"].update(colour=1),
-    "wrong num_tokens": lambda each: each["meta"].update(runs=[640]),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_entry_that_is_no_index_over_its_chunks_is_corrupt(
-    damage: str, store: SessionStore, bare: Runtime
-) -> None:
-    file, held = store.open("chat")
-    held.release()
-    saved = copy.deepcopy(file.state[INDEXES])
-    DAMAGE[damage](saved[1])
-    with pytest.raises(CorruptChunk, match="saved index 1: "):
-        restore_indexes(bare, saved, file.tensors)
-
-
-def test_index_of_fewer_heads_is_corrupt(store: SessionStore, bare: Runtime) -> None:
-    file, held = store.open("chat")
-    held.release()
-    tensors = {
-        name: tensor[:1] if name.startswith("index.") else tensor
-        for name, tensor in file.tensors.items()
-    }
-    with pytest.raises(CorruptChunk, match="1 heads of 512 tokens, not 2 of 512"):
-        restore_indexes(bare, file.state[INDEXES], tensors)
-
-
-@pytest.mark.leaks
-def test_session_with_a_corrupt_index_is_not_loaded_and_leaves_nothing_open(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def pack_wrongly(runtime: Runtime) -> Any:
-        tensors, saved = pack_indexes(runtime)
-        saved[-1]["lengths"][-1] += 1
-        return tensors, saved
-
-    with small_store(root) as store, small_store(tmp_path / "other") as other:
-        with load(store, tmp_path) as cache:
-            monkeypatch.setattr(resume, "pack_indexes", pack_wrongly)
-            save(cache, other)
-        with pytest.raises(CorruptChunk, match="saved index 2: "):
-            load(other, tmp_path)
-        with load(other, tmp_path, "exact") as cache:
-            go_on(cache)

@@ -26,6 +26,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "layer": {"scope": "layer", "leaf_tokens": 8, "num_levels": 3, "patience": 2},
     "flat": {"flat_from": 0.0},
     "ranked by the middle": {"lean": 0.5, "leaf_tokens": 8, "num_levels": 3, "patience": 2},
+    "middle, codes": {"lean": 0.5, "leaf_tokens": 8, "bits": 8},
+    "middle, flat": {"lean": 0.5, "flat_from": 0.0},
+    "above the middle": {"lean": 0.75, "leaf_tokens": 8, "num_levels": 3, "patience": 2},
+    "above the middle, codes": {"lean": 0.75, "leaf_tokens": 8, "bits": 8},
+    "above the middle, layer": {"lean": 0.75, "scope": "layer", "leaf_tokens": 8},
 }
 
 
@@ -100,3 +105,28 @@ def test_searches_that_must_be_certified_are_left_to_the_definition() -> None:
     assert cpu_boxes.supports(index.tree, query, index.settings.rules())
     rules = replace(index.settings, lost_mass=0.1).rules()
     assert not cpu_boxes.supports(index.tree, query, rules)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize(("lean", "first"), [(0.5, 16), (0.75, 16), (0.9, 0), (1.0, 0)])
+def test_wide_box_is_ahead_of_a_narrow_one_where_the_upper_bound_counts_for_more(
+    lean: float, first: int, is_compiled: bool
+) -> None:
+    wide = torch.tensor([5.0, -5.0]).repeat(8)
+    keys = torch.zeros(1, 64, 16)
+    keys[0, :, 0] = torch.cat([wide, torch.full((16,), 3.0), torch.full((32,), -9.0)])
+    index = TreeIndex.build(keys, keys, leaf_tokens=16, lean=lean)
+    query = torch.zeros(1, 1, 16)
+    query[..., 0] = 1
+    search = (cpu_boxes if is_compiled else box_search).search_boxes
+    found = search(index.tree, query, 16, "max", index.settings.rules(), None)
+    assert sorted(found.ids[0].tolist()) == list(range(first, first + 16))
+
+
+@pytest.mark.parametrize("lean", [0.5, 0.75])
+def test_boxes_of_single_tokens_are_ranked_alike_wherever_between_their_bounds(lean: float) -> None:
+    keys, topics = topic_keys(2, 500, 32)
+    indexes = [TreeIndex.build(keys, keys, leaf_tokens=1, lean=each) for each in (lean, 1.0)]
+    for query in topic_queries(topics, 3, 4) * 0.3:
+        found, expected = (index.search(query, 200).ids for index in indexes)
+        assert torch.equal(found, expected)

@@ -50,6 +50,12 @@ def test_contender_takes_a_budget_and_a_deadline() -> None:
     assert found.preset == customised("adaptive", budget=0.02, max_wait_us=3000)
 
 
+@pytest.mark.parametrize(("text", "budget"), [("0.5", 0.5), ("1.0", 1.0), ("300", 300)])
+def test_contender_takes_a_budget_of_early_layers(text: str, budget: float) -> None:
+    found = find_contender(f"leoam:0.05:early={text}", "B")
+    assert found.preset == customised("leoam", budget=0.05, early_budget=budget)
+
+
 def test_contender_takes_a_codec_of_the_disk() -> None:
     found = find_contender("exact:codec=kivi4", "B")
     assert (found.preset, found.codec) == (PRESETS["exact"], "kivi4")
@@ -70,6 +76,11 @@ def test_contender_takes_a_codec_of_the_disk() -> None:
         ("adaptive:error=", "is no number"),
         ("adaptive:error=2", "no relative error"),
         ("quest:error=0.1", "cannot tell how far off"),
+        ("leoam:early=", "is no number"),
+        ("leoam:early=0", "neither a share"),
+        ("leoam:early=1.5", "neither a share"),
+        ("quest:early=0.5", "treats no layers otherwise"),
+        ("exact:early=0.5", "reads everything; it takes no early_budget"),
         ("exact:0.5", "reads everything"),
     ],
 )
