@@ -144,6 +144,11 @@ class TreeIndex(KeyIndex):
         """The leaves with their parents, which are derived when they are first asked for."""
         return self.leaves.tree(self.settings.fanout, self.settings.num_levels)
 
+    @property
+    def num_bytes(self) -> int:  # noqa: D102
+        parents = (part for level in self.tree.levels[1:] for part in (level.lower, level.upper))
+        return super().num_bytes + sum(part.nbytes for part in parents)
+
     def tensors(self) -> Mapping[str, Tensor]:  # noqa: D102
         leaves = self.leaves
         named = {"lower": leaves.lower, "upper": leaves.upper}

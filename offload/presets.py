@@ -75,12 +75,12 @@ PRESETS = {
             "leoam",
             KeepFirst,
             _no_tail(
-                # Boxes of fewer tokens in fewer bits find more than the paper's do.
-                _over(TreeIndex, leaf_tokens=8, bits=8, fanout=2),
+                # So few tokens to a box find facts; in 8 bits it takes the room of the paper's.
+                _over(TreeIndex, leaf_tokens=4, bits=8, fanout=2),
                 budget=0.1,
                 # Boxes are made in no time, so nearly all of a context has them.
                 sizes=SegmentSizes((8192, 1024, 128)),
-                early=EarlyLayers(2, _over(TreeIndex, leaf_tokens=8, bits=8), budget=0.5),
+                early=EarlyLayers(2, _over(TreeIndex, leaf_tokens=4, bits=8), budget=0.5),
             ),
             # Whole boxes are read at once; what lies just below the cut is seldom next.
             RowPlan(reads_ahead=False),

@@ -78,8 +78,10 @@ class LayerIndexes:
     @property
     def num_bytes(self) -> int:
         """Bytes of all indexes that are in memory."""
-        spilled = self._spill is not None
-        joined = 0 if spilled else sum(index.num_bytes for index in self._joined.values())
+        indexes = self._joined.values()
+        joined = sum(index.num_bytes for index in indexes)
+        if self._spill is not None:  # what is derived from the tensors stays in memory
+            joined -= sum(part.nbytes for index in indexes for part in index.tensors().values())
         return joined + self._builder.num_bytes
 
     def over(

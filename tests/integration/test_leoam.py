@@ -68,7 +68,7 @@ def test_searches_go_on_from_the_last_one_until_tokens_are_dropped(tmp_path: Pat
 @pytest.mark.leaks
 def test_early_layers_are_indexed_and_read_otherwise_than_the_others(tmp_path: Path) -> None:
     model = make_model("llama")
-    preset = customised("leoam", budget=0.05, sink_tokens=4, window_tokens=64)
+    preset = customised("leoam", budget=0.05, sink_tokens=4, window_tokens=64, leaf_tokens=8)
     assert preset.sparse is not None
     assert preset.sparse.early is not None
     early = replace(preset.sparse.early, num_layers=1)
@@ -91,7 +91,7 @@ def test_early_layers_are_indexed_and_read_otherwise_than_the_others(tmp_path: P
         }
         stats = cache.stats()
     layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
-    assert leaves == {layer: 8 if layer == 0 else 16 for layer in range(layers)}
+    assert leaves == {layer: 4 if layer == 0 else 8 for layer in range(layers)}
     # One position of the prompt's end and one step were searched; budgets follow the context.
     share = stats.retrieved_tokens / stats.covered_tokens
     covered = stats.covered_tokens / (layers * heads)

@@ -107,7 +107,7 @@ def test_session_without_abstracts_has_them_built_and_answers_alike(
 @pytest.mark.parametrize(
     "policy",
     [
-        leoam(leaf_tokens=4),
+        leoam(leaf_tokens=16),
         leoam(bits=None),
         in_short_segments("quest"),
         in_short_segments("adaptive"),
@@ -132,7 +132,7 @@ def test_layers_whose_own_index_is_as_before_keep_it(
     store: SessionStore, built: Built, tmp_path: Path
 ) -> None:
     early, layers = 2, make_model("llama").config.num_hidden_layers
-    with load(store, tmp_path, leoam(leaf_tokens=4)) as cache:
+    with load(store, tmp_path, leoam(leaf_tokens=16)) as cache:
         go_on(cache)
     assert len(built) == (layers - early) * NUM_SEGMENTS
 

@@ -28,12 +28,12 @@ def test_without_early_layers_all_are_alike() -> None:
     assert [plan.recipe(layer) for layer in range(3)] == [LATE] * 3
 
 
-def test_leoam_reads_half_of_the_context_in_two_layers_and_small_chunks_there() -> None:
+def test_leoam_reads_half_of_the_context_in_two_layers() -> None:
     plan = PRESETS["leoam"].sparse
     assert plan is not None
     assert [plan.tokens(10_000, layer) for layer in range(4)] == [5000, 5000, 1000, 1000]
     recipes = [plan.recipe(layer) for layer in (1, 2)]
-    assert [recipe.options.get("leaf_tokens") for recipe in recipes if recipe] == [8, 16]
+    assert [recipe.options.get("leaf_tokens") for recipe in recipes if recipe] == [4, 4]
     more = customised("leoam", budget=0.8).sparse
     assert more is not None
     assert [more.tokens(10_000, layer) for layer in (1, 2)] == [8000, 8000]
