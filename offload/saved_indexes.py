@@ -68,7 +68,7 @@ def pack_indexes(runtime: Runtime) -> tuple[dict[str, Tensor], list[_Saved]]:
             continue
         lengths = [len(segment) for segment in segments[:num_segments]]
         part = index.prefix(sum(lengths) * runtime.engine.layout.chunk_tokens)
-        num_bytes += part.num_bytes
+        num_bytes += sum(tensor.nbytes for tensor in part.tensors().values())
         if num_bytes > _MOST_BYTES:
             break
         prefix = f"index.{len(saved)}"
