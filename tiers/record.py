@@ -152,6 +152,8 @@ class Stored:
 
 def even_starts(num_units: int, unit_bytes: int) -> Starts:
     """Return where units of one size begin, and where the last one ends."""
+    if not unit_bytes:  # of rows that somebody else's file says are empty
+        return [0] * (num_units + 1)
     return range(0, num_units * unit_bytes + 1, unit_bytes)
 
 

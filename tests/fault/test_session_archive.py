@@ -153,7 +153,7 @@ def test_export_of_a_damaged_record_leaves_no_file_and_quarantines_it(tmp_path: 
             byte = file.read(1)
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte[0] ^ 1]))
-        with pytest.raises(CorruptChunk, match="checksum of 1 of 2 KV heads"):
+        with pytest.raises(CorruptChunk, match="checksum of 1 of 2 units"):
             store.export("chat", folder / "a", overwrite=True)
         assert [entry.read_text() for entry in folder.iterdir()] == ["earlier"]
         with pytest.raises(CorruptChunk, match="1 of its chunks are in quarantine"):
