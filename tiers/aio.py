@@ -1,9 +1,9 @@
 """Many small reads at once: the kernel's own asynchronous I/O (io_submit), by direct system calls.
 
-One thread keeps the whole queue of a disk full, for 5 µs of processor time per read; ``preadv`` from
-eight threads of Python takes 100, most of it waiting for each other. The kernel reads without
-waiting only where ``O_DIRECT`` is used. io_uring would do as well, but containers often forbid
-it, and Python packages for either cannot read into memory that is there already.
+One thread keeps the whole queue of a disk full, for 5 µs of processor time a read. ``preadv`` from
+eight threads of Python takes 100 µs, most of it waiting for each other. The kernel reads without
+waiting only where ``O_DIRECT`` is used. io_uring would do as well, but containers often forbid it,
+and Python packages for either own the memory that they read into.
 """
 
 import ctypes
