@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
+import xxhash
 from torch import Tensor
 
 from offload.tiers.codec_ladder import codec_of
@@ -50,7 +51,8 @@ def encode_record(
     payload = page_aligned(round_up(starts[-1])).numpy().data
     payload[: starts[-1]] = b"".join(units)
     checksums = array("Q", checksums_of(payload, starts))
-    return Stored(info, codec.number, fmt.coded_tokens, checksums, starts), payload
+    whole = xxhash.xxh3_64_intdigest(payload[: starts[-1]])
+    return Stored(info, codec.number, fmt.coded_tokens, checksums, starts, whole), payload
 
 
 def decode_record(

@@ -13,7 +13,7 @@ from offload.tiers.record import (
     MAX_UNITS,
     RecordFormat,
     Stored,
-    check_units,
+    check_payload,
     even_starts,
     name_of,
 )
@@ -39,6 +39,7 @@ _COMMON = (
 _CHECKSUM = struct.Struct("<Q")
 _CHECKSUMS_OFFSET = _FIELDS.size
 _SELF_OFFSET = PAGE_BYTES - _CHECKSUM.size
+_WHOLE_OFFSET = _SELF_OFFSET - _CHECKSUM.size
 
 
 def pack_header(fmt: RecordFormat, stored: Stored) -> bytes:
@@ -63,6 +64,8 @@ def pack_header(fmt: RecordFormat, stored: Stored) -> bytes:
         ]
         offset = _CHECKSUMS_OFFSET + num_units * _CHECKSUM.size
         struct.pack_into(f"<{num_units}I", page, offset, *lengths)
+    assert stored.whole is not None
+    _CHECKSUM.pack_into(page, _WHOLE_OFFSET, stored.whole)
     own = xxhash.xxh3_64_intdigest(memoryview(page)[:_SELF_OFFSET])
     _CHECKSUM.pack_into(page, _SELF_OFFSET, own)
     return bytes(page)
@@ -102,7 +105,7 @@ def verify(header: memoryview, payload: memoryview, fmt: RecordFormat, info: Chu
         The record is not what was written for ``info``.
     """
     stored = check_header(header, fmt, info)
-    check_units(payload[: stored.payload_bytes], fmt, stored)
+    check_payload(payload[: stored.payload_bytes], fmt, stored)
     return stored
 
 
@@ -150,7 +153,8 @@ def _stored(
             f"at most {fmt.payload_bytes}"
         )
     assert isinstance(codec, int)
-    return Stored(info, codec, unit_tokens, checksums, starts)
+    [whole] = (None,) if version == 1 else _CHECKSUM.unpack_from(header, _WHOLE_OFFSET)
+    return Stored(info, codec, unit_tokens, checksums, starts, whole)
 
 
 def _common(fmt: RecordFormat, info: ChunkInfo) -> tuple[bytes | int, ...]:

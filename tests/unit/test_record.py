@@ -48,7 +48,9 @@ def test_header_has_the_documented_byte_offsets() -> None:
     assert struct.unpack_from("<QII", header, 64) == (_LAYOUT.chunk_bytes, 2, 8)
     checksums = checksums_of(memoryview(payload)[: _LAYOUT.chunk_bytes], _FORMAT.starts)
     assert list(struct.unpack_from("<2Q", header, 80)) == checksums
-    assert not any(header[96:4088])
+    assert not any(header[96:4080])
+    whole = xxhash.xxh3_64_intdigest(payload[: _LAYOUT.chunk_bytes])
+    assert struct.unpack_from("<Q", header, 4080) == (whole,)
 
 
 @pytest.mark.parametrize("bit", [0, 7])
@@ -200,6 +202,12 @@ def test_header_whose_fields_do_not_fit_together_is_corrupt(
     header, payload = _make_record()
     with pytest.raises(CorruptChunk, match=message):
         _verify(_with_field(header, offset, value), payload)
+
+
+def test_payload_that_only_its_own_checksum_disagrees_with_is_corrupt() -> None:
+    header, payload = _make_record()
+    with pytest.raises(CorruptChunk, match="every unit is as its checksum says"):
+        _verify(_with_field(header, 4080, b"12345678"), payload)
 
 
 def _version_1(fmt: RecordFormat, payload: bytes) -> bytes:
