@@ -7,7 +7,8 @@ memory; all on the disk, with lines for a tenth of the keys and values; and that
 just below the cut prefetched, half as many as are read, while ``--compute-ms`` pass. A wait, if
 given, is the longest of a step. The first half of the steps fills the lines and is not counted.
 
-    python -m benchmarks.row_reader [--full] [--wait-us N] [--piece-tokens N] [--directory DIR] [--json FILE]
+    python -m benchmarks.row_reader [--full] [--wait-us N] [--piece-tokens N] [--directory DIR]
+                                   [--json FILE]
 """
 
 import argparse
