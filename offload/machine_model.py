@@ -124,7 +124,8 @@ def model_machine(
 def disk_costs(layout: ChunkLayout, disk: DiskBandwidth) -> dict[str, Cost]:
     """Return what reading from a disk costs.
 
-    A single token is read with what its checksum covers: one head of a chunk, for every KV head.
+    A single token is taken to be read with its head of a chunk, for every KV head: the most that it
+    may be; where rows fill pages it is one of these.
     """
     head_bytes = layout.chunk_bytes // layout.num_kv_heads
     per_head_s = max(1 / disk.pieces_per_s, head_bytes / disk.read_bytes_per_s)

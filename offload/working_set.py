@@ -16,7 +16,7 @@ _WRITE_BYTES = 16 << 20
 """Write buffers: two bursts of 8 MiB."""
 
 _HEADS_BYTES = 8 << 20
-"""Heads of chunks in flight: 256 of 32 KiB, which is 10 ms of a disk that reads 27,000 a second."""
+"""Pieces in flight: 256 of 32 KiB, 10 ms of a disk that reads 27,000 a second; or 2,048 pages."""
 
 
 @dataclass(frozen=True, slots=True)
