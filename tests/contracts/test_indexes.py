@@ -83,6 +83,7 @@ class TestBoundsIndex(IndexContract):
 
 
 class TestTreeIndex(IndexContract):
+    derives = True
     aligned_tokens = 32
 
     def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
@@ -90,6 +91,7 @@ class TestTreeIndex(IndexContract):
 
 
 class TestDeepTreeIndexOfCodes(IndexContract):
+    derives = True
     aligned_tokens = 8 * BLOCK_LEAVES
 
     def build(self, keys: Tensor, values: Tensor) -> KeyIndex:
@@ -97,6 +99,7 @@ class TestDeepTreeIndexOfCodes(IndexContract):
 
 
 class TestTreeIndexOfALayer(IndexContract):
+    derives = True
     aligned_tokens = 8
 
     def build(self, keys: Tensor, values: Tensor) -> KeyIndex:

@@ -121,7 +121,7 @@ FORGERIES: dict[str, tuple[Change, str]] = {
     "namespace of other dtype": (says_of_namespace("dtype", "int8"), "says dtype 'int8'"),
     "other namespace": (says_of_namespace("config", "evil"), "keys of row 0 are not those"),
     "no heads": (says("layout", [0, 4, 4, 4]), "not a session"),
-    "many heads": (says("layout", [10**6, 4, 4, 4]), "at most 501 KV heads"),
+    "many heads": (says("layout", [10**6, 4, 4, 4]), "at most 500 KV heads"),
     "negative layout": (says("layout", [1, -4, 4, 4]), "layout is no list"),
     "layout of three": (says("layout", [1, 4, 4]), "not a session"),
     "huge layout": (says("layout", [1, 4, 4, 10**9]), "the manifest says"),
