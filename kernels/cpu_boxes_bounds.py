@@ -7,41 +7,16 @@ cost as much as one of them from the corners.
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 from numpy.typing import NDArray
 
-from offload.kernels.cpu_intrinsics import prefetch
+from offload.kernels.cpu_intrinsics import prefetch, widen
 from offload.kernels.cpu_scan_tables import FLOATS
 
 F32 = np.float32
 
 _AHEAD = 4
 """Boxes between the one that is worked on and the one that is being loaded."""
-
-
-def _intrinsic(function: Any) -> Any:
-    """Make an intrinsic, whose arguments are not those that type checkers see."""
-    return intrinsic(function)
-
-
-@_intrinsic
-def _widen(typing_context: Any, number: Any) -> Any:
-    """Return a float32, the bits of a bfloat16 (uint16) or float16 (int16), or a code as float."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (bits,), single = arguments, ir.FloatType()
-        if number == types.uint16:
-            wide = builder.shl(builder.zext(bits, ir.IntType(32)), ir.IntType(32)(16))
-            return builder.bitcast(wide, single)
-        if number == types.int16:
-            return builder.fpext(builder.bitcast(bits, ir.HalfType()), single)
-        if number == types.uint8:
-            return builder.sitofp(builder.zext(bits, ir.IntType(32)), single)
-        return bits
-
-    return types.float32(number), generate
 
 
 @njit(nogil=True, cache=True)
@@ -127,7 +102,7 @@ def _bound_4(
     m0, m1, m2, m3 = F32(0), F32(0), F32(0), F32(0)
     w0, w1, w2, w3 = F32(0), F32(0), F32(0), F32(0)
     for d in range(len(lower)):
-        low, high = _widen(lower[d]), _widen(upper[d])
+        low, high = widen(lower[d]), widen(upper[d])
         middle, width = high + low, high - low
         m0 += first[d] * middle
         m1 += second[d] * middle
@@ -147,7 +122,7 @@ def _bound(
 ) -> tuple[np.float32, np.float32]:
     middle, width = F32(0), F32(0)
     for d in range(len(lower)):
-        low, high = _widen(lower[d]), _widen(upper[d])
+        low, high = widen(lower[d]), widen(upper[d])
         middle += query[d] * (high + low)
         width += abs(query[d]) * (high - low)
     return middle, width

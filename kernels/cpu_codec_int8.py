@@ -15,10 +15,9 @@ from offload.kernels.cpu_codec_rows import (
     U32,
     half_above,
     narrow,
-    to_half,
     widen,
 )
-from offload.kernels.cpu_intrinsics import as_bits, as_float, from_half
+from offload.kernels.cpu_intrinsics import as_bits, as_float, from_half, to_half
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]

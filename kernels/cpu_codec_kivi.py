@@ -15,10 +15,9 @@ from offload.kernels.cpu_codec_rows import (
     half_above,
     half_below,
     narrow,
-    to_half,
     widen,
 )
-from offload.kernels.cpu_intrinsics import from_half, sortable, unsortable
+from offload.kernels.cpu_intrinsics import from_half, sortable, to_half, unsortable
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]

@@ -3,15 +3,11 @@
 Needs numba.
 """
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 from numpy.typing import NDArray
 
-from offload.kernels.cpu_intrinsics import as_bits, as_float, from_brain, from_half
+from offload.kernels.cpu_intrinsics import as_bits, as_float, from_brain, from_half, to_half
 from offload.kernels.cpu_products import BRAIN, FLOAT
 
 F32 = np.float32
@@ -19,23 +15,6 @@ U32 = np.uint32
 
 LEAST_PEAK, MOST_PEAK = np.uint32(0x3C800000), np.uint32(0x47000000)
 """Bits of 2**-6 and 2**15: what ``choose_shift`` leaves as it is lies between, or is zero."""
-
-
-def _make_half() -> Any:
-    @intrinsic
-    def to_half(typing_context: Any, number: Any) -> Any:
-        """Return the bits, a uint16, of a float32 rounded to float16."""
-
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            half = builder.fptrunc(arguments[0], ir.HalfType())
-            return builder.bitcast(half, ir.IntType(16))
-
-        return types.uint16(types.float32), generate
-
-    return to_half
-
-
-to_half = _make_half()
 
 
 @njit(nogil=True, cache=True)

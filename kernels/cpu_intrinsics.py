@@ -56,6 +56,34 @@ def from_half(typing_context: Any, bits: Any) -> Any:
 
 
 @_intrinsic
+def to_half(typing_context: Any, number: Any) -> Any:
+    """Return the bits, a uint16, of a float32 rounded to float16."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), _I16)
+
+    return types.uint16(types.float32), generate
+
+
+@_intrinsic
+def widen(typing_context: Any, number: Any) -> Any:
+    """Return a float32, the bits of a bfloat16 (uint16) or float16 (int16), or a code as float."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (bits,), single = arguments, ir.FloatType()
+        if number == types.uint16:
+            wide = builder.shl(builder.zext(bits, ir.IntType(32)), ir.IntType(32)(16))
+            return builder.bitcast(wide, single)
+        if number == types.int16:
+            return builder.fpext(builder.bitcast(bits, ir.HalfType()), single)
+        if number == types.uint8:
+            return builder.sitofp(builder.zext(bits, ir.IntType(32)), single)
+        return bits
+
+    return types.float32(number), generate
+
+
+@_intrinsic
 def prefetch(typing_context: Any, address: Any) -> Any:
     """Begin to load the cache line at an address."""
 

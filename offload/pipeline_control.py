@@ -79,7 +79,7 @@ class PipelineControl:
         Parameters
         ----------
         num_pieces : int
-            Pieces on the disk that it wants.
+            Pieces on the disk that it wants, if that may be limited; else 0.
 
         Returns
         -------
@@ -117,7 +117,7 @@ class PipelineControl:
             old,
             disk_bytes=old.disk_bytes + _MEMORY * (seen.wanted_bytes - old.disk_bytes),
             num_reads=old.num_reads + _MEMORY * (seen.num_reads - old.num_reads),
-            compute_s=self._clock.stats().compute_s,
+            compute_s=self._clock.compute_s,
         )
 
     def _observe_disk(self, seen: "_Seen") -> None:

@@ -115,6 +115,12 @@ class StageClock:
         with self._lock:
             self._note("layer", estimated_s, measured_s)
 
+    @property
+    def compute_s(self) -> float:
+        """Seconds of one layer."""
+        with self._lock:
+            return self._compute_s
+
     def links(self) -> Links:
         """Return the links as they are now."""
         with self._lock:

@@ -296,7 +296,7 @@ class DiskTier(Tier):
             for op in self._io.plan(places, self._engine.num_threads)
         ]
         return self._start(
-            describe("write", infos), len(slots) * self.slot_bytes, jobs, urgent=False
+            describe(self.name, "write", infos), len(slots) * self.slot_bytes, jobs, urgent=False
         )
 
     def check_integrity(self) -> None:
@@ -367,7 +367,7 @@ class DiskTier(Tier):
         urgent: bool = True,
     ) -> Transfer:
         """Start a read, or hand out a failed one if a slot holds no record."""
-        what, num_bytes = describe(verb, infos), len(slots) * bytes_each
+        what, num_bytes = describe(self.name, verb, infos), len(slots) * bytes_each
         with self._lock:
             self._check_open()
             missing = [slot for slot in slots if slot not in self._written]

@@ -10,12 +10,14 @@ from typing import Any, Final, Protocol, runtime_checkable
 from torch import Tensor
 
 from offload.errors import ClosedError, ConfigError, StorageError
-from offload.tiers.base import ReadsParts, Tier
+from offload.tiers.base import Tier
 from offload.tiers.fault_dice import Damage, Draw, FaultDice
 from offload.tiers.faults import FaultCounts, FaultPlan
 from offload.tiers.late_transfer import LateTransfer
+from offload.tiers.requests import describe
 from offload.tiers.syscalls import as_storage_error
 from offload.tiers.transfer import FutureTransfer, Transfer
+from offload.tiers.wrapped import WrappedTier
 from offload.types import ChunkInfo, SlotId
 
 _NO_FAULT: Final = Draw(0.0, None, {})
@@ -30,7 +32,7 @@ class HasRecords(Protocol):
         ...
 
 
-class FaultyTier(Tier):
+class FaultyTier(WrappedTier):
     """Any tier, with the faults of a plan.
 
     Delays, hangs and errors act on the way in and out. Flips and truncations are done to the stored
@@ -62,10 +64,7 @@ class FaultyTier(Tier):
             raise ConfigError(
                 f"faults {plan}: the {inner.name} tier has no records in files to damage"
             )
-        self.name = inner.name
-        self.capacity_bytes = inner.capacity_bytes
-        self.slot_bytes = inner.slot_bytes
-        self.inner = inner
+        super().__init__(inner)
         self.is_armed = True
         self._dice = FaultDice(plan)
         self._lock = threading.Lock()
@@ -84,33 +83,6 @@ class FaultyTier(Tier):
         with self._lock:
             return frozenset(self._damaged)
 
-    @property
-    def num_slots(self) -> int:
-        """Slots of the tier inside."""
-        return self.inner.num_slots
-
-    @property
-    def num_free(self) -> int:
-        """Free slots of the tier inside."""
-        return self.inner.num_free
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes that the tier inside occupies."""
-        return self.inner.used_bytes
-
-    def allocate(self, n: int, stream: int = 0) -> list[SlotId]:
-        """Take slots; see ``Tier``."""
-        return self.inner.allocate(n, stream)
-
-    def num_free_for(self, stream: int, group: int) -> int:
-        """Return how many slots a stream can take; see ``Tier``."""
-        return self.inner.num_free_for(stream, group)
-
-    def is_own(self, slot: SlotId) -> bool:
-        """Whether freeing a slot makes room; see ``Tier``."""
-        return self.inner.is_own(slot)
-
     def free(self, slots: Collection[SlotId]) -> None:
         """Give slots back; see ``Tier``. Damage that has not happened yet never will."""
         with self._lock:
@@ -121,18 +93,8 @@ class FaultyTier(Tier):
         self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], out: Sequence[Tensor]
     ) -> Transfer:
         """Read, perhaps late, perhaps not at all; see ``Tier``."""
-        what = self._describe("read", infos)
+        what = describe(self.name, "read", infos)
         return self._read(what, out, lambda: self.inner.read(slots, infos, out))
-
-    @property
-    def part_bytes(self) -> int:
-        """Bytes of the smallest part that can be read; see ``ReadsParts``."""
-        return self._inner_parts.part_bytes
-
-    @property
-    def parts_per_head(self) -> int:
-        """How many of them a KV head has."""
-        return self._inner_parts.parts_per_head
 
     def read_parts(
         self,
@@ -151,8 +113,8 @@ class FaultyTier(Tier):
         ConfigError
             The tier inside reads whole chunks only.
         """
-        inner = self._inner_parts
-        what = self._describe("read of parts", infos)
+        inner = self.inner_parts
+        what = describe(self.name, "read of parts", infos)
         return self._read(
             what,
             out,
@@ -163,7 +125,7 @@ class FaultyTier(Tier):
         self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], src: Sequence[Tensor]
     ) -> Transfer:
         """Write, perhaps late, perhaps not at all, perhaps with damage to come; see ``Tier``."""
-        what = self._describe("write", infos)
+        what = describe(self.name, "write", infos)
         draw = self._dice.draw(what, len(slots)) if self.is_armed and slots else _NO_FAULT
         if draw.error is not None:
             transfer = self._fail(what, src, draw.error)
@@ -173,10 +135,6 @@ class FaultyTier(Tier):
             self._forget(slots)
             self._doomed |= {slots[i]: damage for i, damage in draw.damages.items()}
         return LateTransfer(what, transfer, draw.late_s, self._closing, lambda: self._damage(slots))
-
-    def check_integrity(self) -> None:
-        """Raise AssertionError if the invariant does not hold."""
-        self.inner.check_integrity()
 
     def close(self) -> None:
         """End what is held back, and close the tier inside. Idempotent."""
@@ -190,12 +148,6 @@ class FaultyTier(Tier):
         draw = self._dice.draw(what) if self.is_armed and out else _NO_FAULT
         transfer = begin() if draw.error is None else self._fail(what, out, draw.error)
         return LateTransfer(what, transfer, draw.late_s, self._closing)
-
-    @property
-    def _inner_parts(self) -> ReadsParts:
-        if not isinstance(self.inner, ReadsParts):
-            raise ConfigError(f"the {self.name} tier reads whole chunks only")
-        return self.inner
 
     def _forget(self, slots: Collection[SlotId]) -> None:
         self._damaged.difference_update(slots)
@@ -231,9 +183,3 @@ class FaultyTier(Tier):
         future: Future[None] = Future()
         future.set_exception(error)
         return FutureTransfer(what, sum(buffer.nbytes for buffer in buffers), [future])
-
-    def _describe(self, verb: str, infos: Sequence[ChunkInfo]) -> str:
-        if not infos:
-            return f"{self.name} {verb} of nothing"
-        first = f"first of layer {infos[0].layer} from token {infos[0].first_token}"
-        return f"{self.name} {verb} of {len(infos)} chunks, {first}"

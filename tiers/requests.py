@@ -10,12 +10,12 @@ from offload.tiers.record_fill import Buffer
 from offload.types import ChunkInfo, SlotId
 
 
-def describe(verb: str, infos: Sequence[ChunkInfo]) -> str:
+def describe(tier: str, verb: str, infos: Sequence[ChunkInfo]) -> str:
     """Return how messages name a request for chunks."""
     if not infos:
-        return f"disk {verb} of nothing"
+        return f"{tier} {verb} of nothing"
     first = f"first of layer {infos[0].layer} from token {infos[0].first_token}"
-    return f"disk {verb} of {len(infos)} chunks, {first}"
+    return f"{tier} {verb} of {len(infos)} chunks, {first}"
 
 
 def check_buffers(

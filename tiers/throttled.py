@@ -2,14 +2,15 @@
 
 import math
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from offload.errors import ConfigError, TransferTimeout
-from offload.tiers.base import ReadsParts, Tier
+from offload.tiers.base import Tier
 from offload.tiers.transfer import Transfer
 from offload.tiers.virtual_clock import Clock, RealClock
+from offload.tiers.wrapped import WrappedTier
 from offload.types import ChunkInfo, SlotId
 
 
@@ -103,7 +104,7 @@ class ThrottledTransfer:
         return is_cancelled
 
 
-class ThrottledTier(Tier):
+class ThrottledTier(WrappedTier):
     """Any tier, behind a link.
 
     Keeps the contract of a tier. The tier inside moves the bytes at once, at its own speed; the end
@@ -128,44 +129,10 @@ class ThrottledTier(Tier):
         link: SerialLink,
         stored_bytes: Callable[[Sequence[SlotId]], int] | None = None,
     ) -> None:
-        self.name = inner.name
-        self.capacity_bytes = inner.capacity_bytes
-        self.slot_bytes = inner.slot_bytes
-        self.inner = inner
+        super().__init__(inner)
         self.link = link
         self._stored_bytes = stored_bytes
         self._closing = threading.Event()
-
-    @property
-    def num_slots(self) -> int:
-        """Slots of the tier inside."""
-        return self.inner.num_slots
-
-    @property
-    def num_free(self) -> int:
-        """Free slots of the tier inside."""
-        return self.inner.num_free
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes that the tier inside occupies."""
-        return self.inner.used_bytes
-
-    def allocate(self, n: int, stream: int = 0) -> list[SlotId]:
-        """Take slots; see ``Tier``."""
-        return self.inner.allocate(n, stream)
-
-    def num_free_for(self, stream: int, group: int) -> int:
-        """Return how many slots a stream can take; see ``Tier``."""
-        return self.inner.num_free_for(stream, group)
-
-    def is_own(self, slot: SlotId) -> bool:
-        """Whether freeing a slot makes room; see ``Tier``."""
-        return self.inner.is_own(slot)
-
-    def free(self, slots: Collection[SlotId]) -> None:
-        """Give slots back; see ``Tier``."""
-        self.inner.free(slots)
 
     def read(
         self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], out: Sequence[Tensor]
@@ -174,15 +141,33 @@ class ThrottledTier(Tier):
         num_bytes = None if self._stored_bytes is None else self._stored_bytes(slots)
         return self._hold("read", self.inner.read(slots, infos, out), len(slots), num_bytes)
 
+    def read_parts(
+        self,
+        slots: Sequence[SlotId],
+        infos: Sequence[ChunkInfo],
+        parts: slice | Sequence[int],
+        out: Sequence[Tensor],
+        *,
+        num_parts: int = 1,
+        urgent: bool = True,
+    ) -> Transfer:
+        """Read parts, which cross the link decoded, no faster than it; see ``ReadsParts``.
+
+        Raises
+        ------
+        ConfigError
+            The tier inside reads whole chunks only.
+        """
+        transfer = self.inner_parts.read_parts(
+            slots, infos, parts, out, num_parts=num_parts, urgent=urgent
+        )
+        return self._hold("read of parts", transfer, len(slots))
+
     def write(
         self, slots: Sequence[SlotId], infos: Sequence[ChunkInfo], src: Sequence[Tensor]
     ) -> Transfer:
         """Write, no faster than the link; see ``Tier``."""
         return self._hold("write", self.inner.write(slots, infos, src), len(slots))
-
-    def check_integrity(self) -> None:
-        """Raise AssertionError if the invariant does not hold."""
-        self.inner.check_integrity()
 
     def close(self) -> None:
         """End what is held back, and close the tier inside. Idempotent."""
@@ -195,55 +180,3 @@ class ThrottledTier(Tier):
         what = f"{self.name} {verb} of {num_slots} chunks over a slow link"
         due_s = self.link.reserve(inner.num_bytes if num_bytes is None else num_bytes, num_slots)
         return ThrottledTransfer(what, inner, due_s, self.link.clock, self._closing)
-
-
-class ThrottledPartsTier(ThrottledTier):
-    """The same of a tier of whose slots parts can be read.
-
-    Parameters
-    ----------
-    inner, link, stored_bytes
-        See ``ThrottledTier``. Parts cross the link decoded.
-
-    Raises
-    ------
-    ConfigError
-        The tier inside reads whole chunks only.
-    """
-
-    def __init__(
-        self,
-        inner: Tier,
-        link: SerialLink,
-        stored_bytes: Callable[[Sequence[SlotId]], int] | None = None,
-    ) -> None:
-        if not isinstance(inner, ReadsParts):
-            raise ConfigError(f"the {inner.name} tier reads whole chunks only")
-        super().__init__(inner, link, stored_bytes)
-        self._parts: ReadsParts = inner
-
-    @property
-    def part_bytes(self) -> int:
-        """Bytes of the smallest part that can be read; see ``ReadsParts``."""
-        return self._parts.part_bytes
-
-    @property
-    def parts_per_head(self) -> int:
-        """How many of them a KV head has."""
-        return self._parts.parts_per_head
-
-    def read_parts(
-        self,
-        slots: Sequence[SlotId],
-        infos: Sequence[ChunkInfo],
-        parts: slice | Sequence[int],
-        out: Sequence[Tensor],
-        *,
-        num_parts: int = 1,
-        urgent: bool = True,
-    ) -> Transfer:
-        """Read parts, no faster than the link, which knows no urgency; see ``ReadsParts``."""
-        transfer = self._parts.read_parts(
-            slots, infos, parts, out, num_parts=num_parts, urgent=urgent
-        )
-        return self._hold("read of parts", transfer, len(slots))

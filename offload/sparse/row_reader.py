@@ -4,7 +4,6 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from offload.prefetch.line_cache import LineCache, lines_that_fit
@@ -44,10 +43,11 @@ class RowReader:
     memory : RowMemory
         Of the host, counted by the caller.
     plan : RowPlan
-        Of it ``piece_tokens``, ``reads_ahead`` and ``most_in_flight``.
+        All but how long to wait.
     limit : callable, optional
-        Told, when a layer begins, how many pieces on the disk it wants; returns how many it may
-        read, the best first, or None: all.
+        Called when a layer begins. With ``least_disk_share`` it is told how many pieces on the disk
+        are wanted, and returns how many may be read, the best first, or None: all. Without, it is
+        told 0.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class RowReader:
     ) -> None:
         self._store = store
         self._limit = limit
+        self._is_limited = plan.least_disk_share is not None
         self.reads_ahead = plan.reads_ahead
         """Whether ``prefetch`` does anything."""
         self._names = RowKeys.of(store.layout, _whole_parts(store, plan.piece_tokens))
@@ -148,11 +149,11 @@ class RowReader:
         for tier, count in self._places.count_by_tier(addresses).items():
             counters.add_loaded(tier, count * self._names.row_bytes)
         missing, keys = self._missing(row, heads, ids, addresses)
-        found = self._lines.find(keys)
-        counters.line_lookups += len(keys)
-        counters.line_hits += int(np.count_nonzero(found))
+        found = self._lines.find(keys) if len(keys) else keys
         absent = np.nonzero(found == 0)[0]
-        absent = absent[self._may_read(keys[absent])]
+        counters.line_lookups += len(keys)
+        counters.line_hits += len(keys) - len(absent)
+        absent = self._allowed(keys, absent)
         if len(absent):
             found[absent] = self._read(keys[absent], deadline_s)
         counters.late_rows += int(np.count_nonzero(found == 0))
@@ -276,16 +277,18 @@ class RowReader:
         keys = self._names.keys(row.ids[positions], np.asarray(heads)[lines], offsets)
         return (lines, ranks), keys
 
-    def _may_read(self, keys: Ints) -> NDArray[np.bool_]:
-        """Return which rows, the best first, lie in pieces that there is time to read."""
-        pieces, first, which = np.unique(
-            self._names.pieces(keys), return_index=True, return_inverse=True
-        )
-        most = self._limit(len(pieces))
-        if most is None or most >= len(pieces):
-            return np.ones(len(keys), np.bool_)
+    def _allowed(self, keys: Ints, absent: Ints) -> Ints:
+        """Return those absent rows, the best first, whose pieces there is time to read."""
+        if not self._is_limited or not len(absent):
+            self._limit(0)
+            return absent
+        pieces = self._names.pieces(keys[absent])
+        names, first, which = np.unique(pieces, return_index=True, return_inverse=True)
+        most = self._limit(len(names))
+        if most is None or most >= len(names):
+            return absent
         rank = np.argsort(np.argsort(first, kind="stable"), kind="stable")
-        return np.asarray(rank[which] < most)
+        return absent[rank[which] < most]
 
     def _read(self, keys: Ints, deadline_s: float | None) -> Ints:
         """Return the addresses of rows that are in no memory that can be read by address."""

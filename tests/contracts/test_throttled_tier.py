@@ -7,7 +7,7 @@ import torch
 
 from offload.tiers.base import Tier
 from offload.tiers.memory import MemoryTier
-from offload.tiers.throttled import SerialLink, ThrottledPartsTier, ThrottledTier
+from offload.tiers.throttled import SerialLink, ThrottledTier
 from offload.tiers.virtual_clock import VirtualClock
 from offload.types import ChunkLayout
 from tests.contracts.tier_contract import TierContract
@@ -33,4 +33,4 @@ class TestThrottledDiskTier(TierContract):
 
     def make_tier(self, num_slots: int, layout: ChunkLayout) -> Tier:
         disk = make_disk_tier(self.directory, num_slots, layout)
-        return ThrottledPartsTier(disk, make_link())
+        return ThrottledTier(disk, make_link())

@@ -66,7 +66,7 @@ def watch(
 def limit(shelf: Shelf, most: Callable[[int], int | None]) -> None:
     shelf.reader.close()
     memory = RowMemory(16 * PAGE_BYTES, MANY_LINES)
-    plan = RowPlan(piece_tokens=None)
+    plan = RowPlan(piece_tokens=None, least_disk_share=0.0)
     shelf.reader = RowReader(shelf.store, torch.device("cpu"), memory, plan, most)
 
 

@@ -11,7 +11,7 @@ import torch
 from offload.errors import ConfigError, TransferCancelled, TransferTimeout
 from offload.tiers.base import ReadsParts
 from offload.tiers.memory import MemoryTier
-from offload.tiers.throttled import SerialLink, ThrottledPartsTier, ThrottledTier, ThrottledTransfer
+from offload.tiers.throttled import SerialLink, ThrottledTier, ThrottledTransfer
 from offload.tiers.transfer import Transfer
 from offload.tiers.virtual_clock import RealClock, VirtualClock
 from offload.types import ChunkInfo, SlotId
@@ -145,7 +145,7 @@ def test_parts_of_a_disk_tiers_slots_take_their_own_bytes_only(tmp_path: Path) -
     clock = VirtualClock()
     disk = make_disk_tier(tmp_path, 4, WHOLE_PAGES)
     slots, infos, _ = write_records(disk, 2)
-    tier = ThrottledPartsTier(disk, SerialLink(1.0, 1.0, clock))
+    tier = ThrottledTier(disk, SerialLink(1.0, 1.0, clock))
     out = list(torch.empty(2, tier.part_bytes, dtype=torch.uint8))
     tier.read_parts(slots, infos, slice(0, 1), out).wait()
     assert clock.now_s() == 2 * (tier.part_bytes + 1.0)
@@ -155,8 +155,8 @@ def test_parts_of_a_disk_tiers_slots_take_their_own_bytes_only(tmp_path: Path) -
 def test_only_a_tier_that_reads_parts_is_one_behind_a_link(tmp_path: Path) -> None:
     disk, link = make_disk_tier(tmp_path, 4, WHOLE_PAGES), SerialLink(1.0)
     with pytest.raises(ConfigError, match="cpu tier reads whole chunks only"):
-        ThrottledPartsTier(make_memory(), link)
-    assert isinstance(ThrottledPartsTier(disk, link), ReadsParts)
+        ThrottledTier(make_memory(), link).read_parts([], [], [], [])
+    assert isinstance(ThrottledTier(disk, link), ReadsParts)
     assert not isinstance(ThrottledTier(make_memory(), link), ReadsParts)
     disk.close()
 
