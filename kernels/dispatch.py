@@ -109,10 +109,17 @@ def scan(tables: ScanTables, query: Tensor, budget: int, group: Combine) -> Scan
     return reference_scan(tables, query, budget, group)
 
 
-def attend_rows(query: Tensor, addresses: Tensor, value_dim: int, dtype: torch.dtype) -> Partial:
+def attend_rows(
+    query: Tensor,
+    addresses: Tensor,
+    value_dim: int,
+    dtype: torch.dtype,
+    rows_per_address: int = 1,
+) -> Partial:
     """Attend to rows named by their addresses; see ``kernels.rows`` for the contract.
 
-    On a CUDA device addresses are the device's own or unified ones. Thread-safe: no state.
+    On a CUDA device addresses are the device's own or unified ones, of one row each. Thread-safe:
+    no state.
 
     Raises
     ------
@@ -120,6 +127,7 @@ def attend_rows(query: Tensor, addresses: Tensor, value_dim: int, dtype: torch.d
         A CUDA device without triton: nothing else reads by address there.
     """
     if query.is_cuda:
+        assert rows_per_address == 1
         _require_triton(query.device)
         triton_rows = importlib.import_module("offload.kernels.triton_rows")
         heads = query.to(dtype).flatten(0, 1)[None, :, None]
@@ -128,9 +136,9 @@ def attend_rows(query: Tensor, addresses: Tensor, value_dim: int, dtype: torch.d
         return Partial(found.out.view(*shape, -1).float(), found.lse.view(shape))
     fast = compiled("cpu_rows")
     if fast is not None and fast.supports(dtype, query.shape[2], value_dim):
-        part: Partial = fast.attend_rows(query, addresses, 1, value_dim, dtype)
+        part: Partial = fast.attend_rows(query, addresses, rows_per_address, value_dim, dtype)
         return part
-    return rows.attend_rows(query, addresses, 1, value_dim, dtype)
+    return rows.attend_rows(query, addresses, rows_per_address, value_dim, dtype)
 
 
 def read_rows(addresses: Tensor, row_dim: int, dtype: torch.dtype) -> Tensor:

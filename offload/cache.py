@@ -80,7 +80,7 @@ class OffloadedCache(Cache):
         max_wait_us: float | None = None,
         codec: str = "raw",
         capacity: Mapping[str, int | str] | None = None,
-        disk_path: str | Path | None = None,
+        disk_path: str | Path | Sequence[str | Path] | None = None,
         chunk_tokens: int = 64,
         config: Any = None,
     ) -> None:

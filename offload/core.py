@@ -198,8 +198,7 @@ class CacheCore:
             for link in self.links.values():
                 link.close()
         finally:
-            if self.config.scratch is not None:
-                self.config.scratch.close()
+            self.config.close_scratch()
 
     def _drop_runtime(self) -> None:
         if self.runtime is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from offload.errors import CapacityError
+from offload.in_place import InPlace
 from offload.loader import StagingLoader
 from offload.pipeline_control import PipelineControl
 from offload.pipeline_start import open_control
@@ -23,6 +24,7 @@ from offload.tiers.disk import DiskTier
 from offload.tiers.faults import FaultPlan
 from offload.tiers.faulty import FaultyTier
 from offload.tiers.memory import MemoryTier
+from offload.tiers.near.disk import NearDisk
 from offload.tiers.pinned import PinnedRegion
 from offload.tiers.pool import page_aligned
 from offload.tiers.scratch import ScratchDir
@@ -45,6 +47,8 @@ class EngineConfig:
     chunk_tokens : int
     scratch : ScratchDir or None
         Where the disk tier writes.
+    more_scratch : tuple of ScratchDir
+        On further disks, among which a preset that attends beside them divides the heads.
     deadline_s : float
         Longest wait for one transfer.
     faults : FaultPlan or None
@@ -60,6 +64,13 @@ class EngineConfig:
     deadline_s: float = 120.0
     faults: FaultPlan | None = None
     codec: str = "raw"
+    more_scratch: tuple[ScratchDir, ...] = ()
+
+    def close_scratch(self) -> None:
+        """Remove the folders of the disk tier."""
+        for scratch in (self.scratch, *self.more_scratch):
+            if scratch is not None:
+                scratch.close()
 
 
 class Engine:
@@ -103,6 +114,9 @@ class Engine:
         """The disk tier, if there is one: it can adopt the records of saved sessions."""
         codec = find_codec("raw" if config.codec == AUTO else config.codec)
         self._codecs = CodecChoice(layout.chunk_tokens, codec)
+        self.near: NearDisk | None = None
+        """The disk tier, if it attends."""
+        self.in_place: InPlace | None = None
         self.tiers = self._build_tiers(sizes, tail_bytes)
         try:
             self._open(sizes)
@@ -128,6 +142,9 @@ class Engine:
         self._peaks = [0] * len(self.tiers)
         self.pipeline = self._open_pipeline()
         self.rows = self._open_rows()
+        if self.near is not None:
+            assert config.preset.near is not None
+            self.in_place = InPlace(self.store, self.near, config.preset.near, config.deadline_s)
         sparse = config.preset.sparse
         self.retrieval = (
             None
@@ -336,17 +353,30 @@ class Engine:
         else:
             self._row_memory = self._plan_rows(None)
         if "disk" in capacities:
-            assert self.config.scratch is not None
-            self.disk = DiskTier(
-                self.config.scratch.path,
-                capacity_bytes=capacities["disk"],
-                layout=layout,
-                deadline_s=self.config.deadline_s,
-                choose_codec=self._codecs,
-            )
-            faults = self.config.faults
-            tiers.append(self.disk if faults is None else FaultyTier(self.disk, faults))
+            tiers.append(self._disk_tier())
         return tiers
+
+    def _disk_tier(self) -> Tier:
+        config = self.config
+        assert config.scratch is not None
+        if config.preset.near is not None:
+            self.near = NearDisk(
+                [scratch.path for scratch in (config.scratch, *config.more_scratch)],
+                capacity_bytes=config.capacities["disk"],
+                layout=self.layout,
+                has_channels=config.preset.near.mode == "sparf",
+                settings=config.preset.near.settings,
+                deadline_s=config.deadline_s,
+            )
+            return self.near
+        self.disk = DiskTier(
+            config.scratch.path,
+            capacity_bytes=config.capacities["disk"],
+            layout=self.layout,
+            deadline_s=config.deadline_s,
+            choose_codec=self._codecs,
+        )
+        return self.disk if config.faults is None else FaultyTier(self.disk, config.faults)
 
     def _memory_tier(self, name: str, capacity_bytes: int, device: torch.device) -> MemoryTier:
         return MemoryTier(

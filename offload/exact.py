@@ -69,13 +69,15 @@ def attend(
     num_past_tokens: int,
     key_dim: int,
     sparse: Sequence[Partial] = (),
+    late: Callable[[], Partial] | None = None,
 ) -> Tensor:
     """Attend to the past chunks, the tail and the new tokens, and merge.
 
     Past chunks are attended in the order in which they come; at any time one group of them is on
     the device besides what lives there. ``call.expand`` is applied to what was cached, not to the
     new tokens' own keys and values, which the model has expanded itself. ``sparse`` is attention
-    over past chunks that are not among them.
+    over past chunks that are not among them; ``late`` waits for more of it, and is called when
+    everything else has been attended.
 
     Returns
     -------
@@ -96,6 +98,8 @@ def attend(
     for chunks in past:
         parts = _few(parts)
         parts.append(_attend_cached(call, chunks, key_dim, first_query))
+    if late is not None:
+        parts.append(late())
     if call.sinks is not None:
         parts.append(sink_partial(query, parts[0].out.shape[-1], call.sinks))
     merged = merge(parts) if len(parts) > 1 else parts[0]

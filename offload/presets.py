@@ -17,6 +17,8 @@ from offload.index.mean import MeanIndex
 from offload.index.projection import ProjectionIndex
 from offload.index.residual import ResidualIndex
 from offload.index.tree import TreeIndex
+from offload.near_plan import NearPlan
+from offload.near_plan import changed as changed_near
 from offload.sparse.head_pattern import HeadPattern, as_streaming_heads
 from offload.sparse.plan import EarlyLayers, IndexRecipe, SparsePlan
 from offload.sparse.row_plan import RowPlan
@@ -37,12 +39,15 @@ class Preset:
         What decoding reads; None: everything.
     rows : RowPlan
         How single rows are read, if it is not everything.
+    near : NearPlan or None
+        Attention to what only the disk holds happens beside it; None: what is read is fetched.
     """
 
     name: str
     eviction: Callable[[], EvictionPolicy]
     sparse: SparsePlan | None = None
     rows: RowPlan = field(default_factory=RowPlan)
+    near: NearPlan | None = None
 
 
 def _over(kind: type[KeyIndex], **options: Any) -> IndexRecipe:
@@ -86,6 +91,7 @@ PRESETS = {
             RowPlan(reads_ahead=False),
         ),
         Preset("h2o", KeepFirst, _no_tail(_over(HeavyIndex), budget=0.2, kept_queries=256)),
+        Preset("instinfer", KeepFirst, near=NearPlan()),
         Preset("rekv", KeepFirst, _no_tail(_over(MeanIndex, is_cosine=True), budget=0.05)),
         Preset(
             "infllm",
@@ -177,7 +183,8 @@ def customised(
         but at least such a share of what is wanted.
     **index
         Options of the preset's index, such as ``leaf_tokens`` for ``leoam``; of early layers, too,
-        where they have not one of their own.
+        where they have not one of their own. For ``instinfer`` those of ``NearPlan`` and
+        ``NearSettings``.
 
     Raises
     ------
@@ -185,6 +192,9 @@ def customised(
         The preset reads everything, or a value is none.
     """
     preset = find_preset(policy)
+    if preset.near is not None:
+        options = {**index, **({} if budget is None else {"budget": _checked_budget(budget)})}
+        preset, budget, index = replace(preset, near=changed_near(preset.near, options)), None, {}
     counts = {
         "dense_layers": dense_layers,
         "sink_tokens": sink_tokens,

@@ -1,7 +1,8 @@
 """The layers of one cache on an engine. Knows tensors; knows nothing of Hugging Face."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from functools import partial
 
 from torch import Tensor
 
@@ -76,17 +77,20 @@ class Runtime:
         layout = self.engine.layout
         num_past = appended.num_past_chunks * layout.chunk_tokens
         with self.engine.lock:
-            sparse, skipped = self._retrieve(index, call, appended)
+            sparse, late, skipped = self._begin(index, call, appended)
             with closing(self._past(index, call, appended, skipped)) as past:
-                return attend(call, past, appended, num_past, layout.key_dim, sparse)
+                return attend(call, past, appended, num_past, layout.key_dim, sparse, late)
 
-    def _retrieve(
+    def _begin(
         self, index: int, call: AttentionCall, appended: Appended
-    ) -> tuple[list[Partial], range]:
-        """Return attention over chunks that are read sparsely, and which these are."""
-        retrieval = self.engine.retrieval
-        if retrieval is None:
-            return [], range(0)
+    ) -> tuple[list[Partial], Callable[[], Partial] | None, range]:
+        """Return attention over chunks that are not streamed, now and later, and which these are.
+
+        Those are read sparsely, or attended where they lie.
+        """
+        retrieval, in_place = self.engine.retrieval, self.engine.in_place
+        if retrieval is None and in_place is None:
+            return [], None, range(0)
         sequence = self.layers[index]
         layer = Layer(
             id(self),
@@ -97,7 +101,12 @@ class Runtime:
             appended.num_past_chunks,
             sequence.num_tokens,
         )
-        return retrieval.attend(layer, call)
+        if retrieval is not None:
+            parts, covered = retrieval.attend(layer, call)
+            return parts, None, covered
+        assert in_place is not None
+        asked, covered = in_place.start(layer, call)
+        return [], None if asked is None else partial(in_place.finish, asked, call), covered
 
     def select(self, index: int, indices: Sequence[int]) -> None:
         """Make row ``i`` of one layer a copy of its row ``indices[i]``.
@@ -169,8 +178,9 @@ class Runtime:
         self._closed = True
         with self.engine.lock:
             try:
-                if self.engine.retrieval is not None:
-                    self.engine.retrieval.forget(id(self))
+                for kept in (self.engine.retrieval, self.engine.in_place):
+                    if kept is not None:
+                        kept.forget(id(self))
                 for sequence in self.layers.values():
                     sequence.close()
             finally:

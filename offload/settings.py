@@ -27,7 +27,7 @@ class CacheOptions(TypedDict, total=False):
     max_wait_us: float | None
     codec: str
     capacity: Mapping[str, int | str] | None
-    disk_path: str | Path | None
+    disk_path: str | Path | Sequence[str | Path] | None
 
 
 def check_tiers(tiers: object) -> tuple[str, ...]:
@@ -78,11 +78,38 @@ def check_codec(codec: str, tiers: Sequence[str]) -> None:
         raise ConfigError(f"codec={codec!r} is for the tier 'disk'; tiers: {list(tiers)}")
 
 
+def check_paths(disk_path: object, preset: Preset) -> list[Path | None]:
+    """Return the folders of the disk tier, or raise ConfigError saying what is wrong with them."""
+    several = isinstance(disk_path, Sequence) and not isinstance(disk_path, str | bytes)
+    paths = list(disk_path) if several and isinstance(disk_path, Sequence) else [disk_path]
+    if not paths or not all(isinstance(path, str | PathLike | None) for path in paths):
+        raise ConfigError(f"disk_path must be a path, or a list of paths, not {disk_path!r}")
+    if len(paths) > 1 and preset.near is None:
+        raise ConfigError(
+            f"policy {preset.name!r} writes to one path, not {len(paths)}; those that attend "
+            "beside the disk divide the heads among several: 'instinfer'"
+        )
+    return [None if path is None else Path(path) for path in paths]
+
+
+def check_near(preset: Preset, tiers: Sequence[str], codec: str) -> None:
+    """Raise ConfigError if a preset that attends beside the disk cannot."""
+    if preset.near is None:
+        return
+    if "disk" not in tiers:
+        raise ConfigError(
+            f"policy {preset.name!r} attends beside the disk and needs the tier 'disk'; "
+            f"tiers: {list(tiers)}"
+        )
+    if codec != "raw":
+        raise ConfigError(f"policy {preset.name!r} reads chunks as they are; codec={codec!r}")
+
+
 def check_settings(
     tiers: object,
     policy: str | Preset,
     capacity: Mapping[str, int | str] | None,
-    disk_path: str | Path | None,
+    disk_path: str | Path | Sequence[str | Path] | None,
     chunk_tokens: object,
     budget: float | int | None = None,
     error: float | None = None,
@@ -104,10 +131,12 @@ def check_settings(
     tokens = check_chunk_tokens(chunk_tokens)
     if disk_path is not None and "disk" not in names:
         raise ConfigError(f"disk_path={str(disk_path)!r} needs the tier 'disk'; tiers: {names}")
-    if not isinstance(disk_path, str | PathLike | None):
-        raise ConfigError(f"disk_path must be a path, not {disk_path!r}")
+    paths = check_paths(disk_path, preset)
     check_codec(codec, names)
-    path = None if disk_path is None else Path(disk_path)
-    capacities = check_capacity(names, capacity, path)
-    scratch = ScratchDir(path) if "disk" in names else None
-    return EngineConfig(capacities, preset, tokens, scratch, codec=codec)
+    check_near(preset, names, codec)
+    capacities = check_capacity(names, capacity, paths[0])
+    scratches = [ScratchDir(path) for path in paths] if "disk" in names else [None]
+    more = tuple(scratch for scratch in scratches[1:] if scratch is not None)
+    return EngineConfig(
+        capacities, preset, tokens, scratches[0], codec=codec, more_scratch=more
+    )

@@ -52,6 +52,8 @@ class RecordIo:
     choose : callable, optional
         How each chunk is stored; needs ``headers``, which say how long encoded records are. By
         default raw.
+    keeps_written : bool
+        Whether ``headers`` are to know raw records, too, from when they are written.
 
     Raises
     ------
@@ -68,8 +70,10 @@ class RecordIo:
         headers: KnownHeaders | None = None,
         choose: ChooseCodec | None = None,
         meter: ReadMeter | None = None,
+        *,
+        keeps_written: bool = False,
     ) -> None:
-        assert choose is None or headers is not None
+        assert (choose is None and not keeps_written) or headers is not None
         self.fmt = fmt
         self.is_direct = supports_direct_io(files.directory)
         self.preadv = preadv
@@ -78,6 +82,7 @@ class RecordIo:
         self._files = files
         self._pwritev = pwritev
         self._choose = choose
+        self._keeps_written = keeps_written
 
     def plan(self, places: Sequence[Place], num_threads: int) -> list[Operation]:
         """Join records into operations."""
@@ -155,14 +160,14 @@ class RecordIo:
         """
         headers = pages(scratch, len(op.members))
         pieces: list[tuple[int, memoryview]] = []
-        coded: KnownHeaders = {}
+        learnt: KnownHeaders = {}
         for member, place, header in zip(op.members, self._places(op), headers, strict=True):
             stored, payload = self._encode(infos[member], src[member])
             header[:] = pack_header(self.fmt, stored)
             start = self.start_of(place)
             pieces += [(start, header), (start + PAGE_BYTES, payload)]
-            if stored.codec:
-                coded[place] = stored
+            if stored.codec or self._keeps_written:
+                learnt[place] = stored
         writes = join_pieces(pieces, _NO_SPILL)
 
         def move(fd: int, file: str) -> None:
@@ -172,7 +177,7 @@ class RecordIo:
         aligned = are_aligned(src[member] for member in op.members)
         self.on_file(op.segment, move, writing=True, is_aligned=aligned)
         if self.headers is not None:
-            self.headers |= coded
+            self.headers |= learnt
 
     def start_of(self, place: Place) -> int:
         """Return the offset of a record's header in its file."""

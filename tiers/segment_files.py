@@ -28,6 +28,8 @@ class SegmentFiles:
     ----------
     directory : Path
         Made, for the owner only, if it is missing.
+    token : str, optional
+        Of an earlier object whose files are to be found again; a new one unless given.
 
     Raises
     ------
@@ -35,9 +37,9 @@ class SegmentFiles:
         The directory cannot be made or used.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, token: str | None = None) -> None:
         self.directory = directory
-        self._token = secrets.token_hex(4)
+        self._token = secrets.token_hex(4) if token is None else token
         self._paths: dict[int, Path] = {}
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -164,9 +164,9 @@ class Retrieval:
         covered : range
             The chunks it is about; the others are the caller's.
         """
-        if layer.number < self.plan.dense_layers or not _is_plain(call):
+        if layer.number < self.plan.dense_layers or not is_plain(call):
             return [], range(0)
-        hidden = _hidden_tokens(call.mask)
+        hidden = hidden_tokens(call.mask)
         if hidden is None:
             return [], range(0)
         size = self._store.layout.chunk_tokens
@@ -372,12 +372,12 @@ def _unread(likely: Ints, addresses: Ints) -> Ints:
     return ids
 
 
-def _is_plain(call: AttentionCall) -> bool:
+def is_plain(call: AttentionCall) -> bool:
     """Whether a query sees every earlier key, with the softmax of its scaled inner product."""
     return call.expand is None and call.softcap is None and call.window is None
 
 
-def _hidden_tokens(mask: Tensor | None) -> int | None:
+def hidden_tokens(mask: Tensor | None) -> int | None:
     """Return how many first tokens contain all that a mask hides; None if it is no such mask."""
     if mask is None:
         return 0

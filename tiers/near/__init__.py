@@ -1,0 +1,1 @@
+"""Attention next to the storage: worker processes that own shards and attend over them."""

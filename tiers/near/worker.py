@@ -1,0 +1,67 @@
+"""A storage-side worker: the process that owns the shards of some KV heads.
+
+Started by ``link``; ends when its parent does, however that happens.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from offload.errors import OffloadError, StorageError
+from offload.tiers.near.messages import Reply, Request, WorkerConfig
+from offload.tiers.near.shard import Shard
+from offload.tiers.near.shared_memory import SharedMemory
+
+_LOOK_UP_S = 2.0
+"""How often an idle worker looks whether its parent lives: a fork of the parent may hold the other
+end of the connection open."""
+
+
+def main(connection_fd: int, memory_fd: int) -> None:
+    """Serve requests until the parent closes the connection or dies.
+
+    Parameters
+    ----------
+    connection_fd, memory_fd : int
+        Inherited: one end of the connection, and the shared memory.
+    """
+    parent = os.getppid()
+    connection: Connection[Any, Any] = Connection(connection_fd)
+    config: WorkerConfig = connection.recv()
+    torch.set_num_threads(1)  # rows are attended side by side, each by one thread
+    if config.cpus:
+        os.sched_setaffinity(0, config.cpus)
+    memory = SharedMemory(config.shared_bytes, memory_fd)
+    shard = Shard(config, memory.bytes)
+    connection.send(Reply(-1, os.getpid(), None))
+    with contextlib.suppress(EOFError, OSError):
+        _serve(connection, shard, parent)
+    # Whoever is in the middle of a read has nobody left to tell.
+    os._exit(0)
+
+
+def _serve(connection: "Connection[Any, Any]", shard: Shard, parent: int) -> None:
+    sending = threading.Lock()
+
+    def reply(number: int, value: Any, error: Exception | None) -> None:
+        if error is not None and not isinstance(error, OffloadError):
+            error = StorageError(f"storage worker: {type(error).__name__}: {error}")
+        # A parent that is gone is noticed by the thread that receives.
+        with sending, contextlib.suppress(OSError):
+            connection.send(Reply(number, value, error))
+
+    while os.getppid() == parent:
+        if not connection.poll(_LOOK_UP_S):
+            continue
+        request: Request = connection.recv()
+        number = request.number
+        shard.handle(request.body, lambda value, error, number=number: reply(number, value, error))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
