@@ -1,10 +1,9 @@
 """Attention over the chunks that only the disk holds, by the workers that hold them."""
 
-from collections.abc import Sequence
+import time
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from offload.exact import AttentionCall
 from offload.near_plan import NearPlan
@@ -40,12 +39,13 @@ class InPlace:
     ) -> None:
         self.disk = disk
         self.plan = plan
-        self.wait_s = 0.0
         self._store = store
         self._deadline_s = deadline_s
         self._how = plan.how(store.layout.key_dim)
         self._names: dict[tuple[int, int, int], int] = {}
         self._next_name = 0
+        self._num_calls = 0
+        self._wait_s = 0.0
         self._rows: dict[tuple[int, int], tuple[_Key, range, list[NDArray[np.int64]]]] = {}
 
     def start(self, layer: Layer, call: AttentionCall) -> tuple[NearCall | None, range]:
@@ -70,8 +70,7 @@ class InPlace:
         query = call.query.transpose(1, 2).flatten(0, 1).cpu()
         names = [self._name(layer, row) for row in range(len(layer.rows))]
         rows = [pair for pair in zip(names, slots, strict=True) for _ in range(num_queries)]
-        counted = self._store.counters
-        counted.covered_tokens += len(covered) * size * self._store.layout.num_kv_heads * len(rows)
+        self._count(len(covered) * size, len(rows))
         return self.disk.attend(query, rows, call.scale, self._how), covered
 
     def finish(self, asked: NearCall, call: AttentionCall) -> Partial:
@@ -83,18 +82,45 @@ class InPlace:
             ``out`` [batch, num_heads, num_queries, value_dim], on the device of the query.
         """
         batch, _, num_queries, _ = call.query.shape
+        started = time.perf_counter()
         out, lse = asked.wait(self._deadline_s)
+        self._wait_s += time.perf_counter() - started
         device = call.query.device
         return Partial(
             out.unflatten(0, (batch, num_queries)).transpose(1, 2).to(device),
             lse.unflatten(0, (batch, num_queries)).transpose(1, 2).to(device),
         )
 
+    def stats(self) -> dict[str, float]:
+        """Return what crossed so far, and what it took.
+
+        ``asked_bytes`` and ``answered_bytes`` are queries and answers, ``written_bytes`` and
+        ``fetched_bytes`` keys and values; ``read_bytes`` did not cross: it was read by workers, in
+        ``num_reads`` requests. ``num_calls`` of layers, ``wait_s`` in which the model stood still
+        for them, ``num_restarts`` of workers.
+        """
+        crossed = self.disk.bus.bytes._asdict()
+        num_reads = crossed.pop("num_reads")
+        return {
+            **{f"{name}_bytes": count for name, count in crossed.items()},
+            "num_reads": num_reads,
+            "num_calls": self._num_calls,
+            "wait_s": self._wait_s,
+            "num_restarts": sum(member.link.num_restarts for member in self.disk.members),
+        }
+
     def forget(self, owner: int) -> None:
         """Drop what is kept for one cache or fork."""
         gone = [key for key in self._names if key[0] == owner]
         self.disk.forget_rows([self._names.pop(key) for key in gone])
         self._rows = {key: kept for key, kept in self._rows.items() if key[0] != owner}
+
+    def _count(self, num_tokens: int, num_rows: int) -> None:
+        counters, each = self._store.counters, num_rows * self._store.layout.num_kv_heads
+        read = num_tokens if self._how is None else self._how.num_tokens(num_tokens)
+        counters.covered_tokens += num_tokens * each
+        counters.retrieved_tokens += read * each
+        self._num_calls += 1
 
     def _name(self, layer: Layer, row: int) -> int:
         key = (layer.owner, layer.index, row)
@@ -110,8 +136,8 @@ class InPlace:
         if known is None or known[0] != key:
             rows = [row[: layer.num_past_chunks] for row in layer.rows]
             slots = np.array([[self._slot(chunk) for chunk in row] for row in rows], np.int64)
-            is_there = (slots >= 0).all(0) if slots.size else np.zeros(0, np.bool_)
-            is_there[:first] = False
+            is_there = (slots.min(0, initial=0) >= 0).astype(np.int8)
+            is_there[:first] = 0
             run = _longest_run(is_there)
             columns = [np.ascontiguousarray(row[run.start : run.stop]) for row in slots]
             known = (key, run, columns)
@@ -124,8 +150,8 @@ class InPlace:
         return slots[disk] if disk in slots and len(slots) == 1 else -1
 
 
-def _longest_run(flags: NDArray[np.bool_] | Sequence[bool]) -> range:
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(flags, np.int8), [0]])))
+def _longest_run(flags: NDArray[np.int8]) -> range:
+    edges = np.flatnonzero(np.diff(flags, prepend=0, append=0))
     starts, ends = edges[::2], edges[1::2]
     if not len(starts):
         return range(0)

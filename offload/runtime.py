@@ -297,6 +297,7 @@ def _collect(runtime: Runtime) -> CacheStats:
         error_p95=errors.p95,
         rows=engine.row_stats(),
         pipeline=None if engine.pipeline is None else engine.pipeline.stats(),
+        near=None if engine.in_place is None else engine.in_place.stats(),
         failed_stores=counters.failed_stores,
         unneeded_failures=counters.unneeded_failures,
         rescued_chunks=counters.rescued_chunks,

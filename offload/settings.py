@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -81,7 +81,7 @@ def check_codec(codec: str, tiers: Sequence[str]) -> None:
 def check_paths(disk_path: object, preset: Preset) -> list[Path | None]:
     """Return the folders of the disk tier, or raise ConfigError saying what is wrong with them."""
     several = isinstance(disk_path, Sequence) and not isinstance(disk_path, str | bytes)
-    paths = list(disk_path) if several and isinstance(disk_path, Sequence) else [disk_path]
+    paths: list[Any] = list(disk_path) if several else [disk_path]  # type: ignore[call-overload]
     if not paths or not all(isinstance(path, str | PathLike | None) for path in paths):
         raise ConfigError(f"disk_path must be a path, or a list of paths, not {disk_path!r}")
     if len(paths) > 1 and preset.near is None:
@@ -137,6 +137,4 @@ def check_settings(
     capacities = check_capacity(names, capacity, paths[0])
     scratches = [ScratchDir(path) for path in paths] if "disk" in names else [None]
     more = tuple(scratch for scratch in scratches[1:] if scratch is not None)
-    return EngineConfig(
-        capacities, preset, tokens, scratches[0], codec=codec, more_scratch=more
-    )
+    return EngineConfig(capacities, preset, tokens, scratches[0], codec=codec, more_scratch=more)

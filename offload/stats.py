@@ -221,6 +221,9 @@ class CacheStats:
     pipeline : dict or None
         What the stages of reading take, and what the model of them expects, as
         ``PipelineStats.to_dict`` gives it; None where single rows are not read from a disk.
+    near : dict or None
+        What crossed between the cache and storage-side workers, as ``InPlace.stats`` gives it; None
+        where there are none.
     """
 
     tiers: dict[str, TierStats]
@@ -245,3 +248,4 @@ class CacheStats:
     error_p95: float = 0.0
     rows: RowStats = field(default_factory=RowStats)
     pipeline: dict[str, Any] | None = None
+    near: dict[str, Any] | None = None

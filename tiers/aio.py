@@ -70,13 +70,13 @@ class ReadQueue:
         self._pointers = self._requests.ctypes.data + _REQUEST.itemsize * np.arange(_DEPTH)
         self._events = np.zeros(_DEPTH, _EVENT)
 
-    def read(self, fd: int, offsets: Ints, addresses: Ints, num_bytes: Ints) -> bool:
-        """Read pieces of a file into memory and wait for all of them.
+    def read(self, fd: int | Ints, offsets: Ints, addresses: Ints, num_bytes: Ints) -> bool:
+        """Read pieces of files into memory and wait for all of them.
 
         Parameters
         ----------
-        fd : int
-            Opened with ``O_DIRECT``.
+        fd : int, or ndarray, int64 [n]
+            Opened with ``O_DIRECT``: of the one file, or of each piece.
         offsets, addresses, num_bytes : ndarray, int64 [n]
             Of each piece; whole pages. The memory must stay until this returns.
 
@@ -86,11 +86,12 @@ class ReadQueue:
             Whether every piece was read in full. If not, reading them one by one says why.
         """
         is_whole = True
+        fds = np.broadcast_to(fd, len(offsets))
         for first in range(0, len(offsets), _DEPTH):
             part = slice(first, first + _DEPTH)
             count = len(offsets[part])
             requests = self._requests[:count]
-            requests["fd"] = fd
+            requests["fd"] = fds[part]
             requests["offset"] = offsets[part]
             requests["address"] = addresses[part]
             requests["num_bytes"] = num_bytes[part]

@@ -115,6 +115,10 @@ class SegmentTable:
         self._segments[hole.segment].num_dead -= hole.num_records
         self.num_used -= hole.num_records
 
+    def is_alive(self, segment: int) -> bool:
+        """Return whether a segment has records that are not dead."""
+        return segment in self._segments
+
     @property
     def segments(self) -> list[int]:
         """Numbers of the segments that are not dead."""

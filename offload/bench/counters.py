@@ -18,7 +18,8 @@ def read_counts(cache: object) -> Counts:
         for tier, of_tier in data["tiers"].items()
         for name in ("loaded_bytes", "stored_bytes")
     }
-    for prefix, group in (("", data), ("rows.", data.get("rows", {}))):
+    groups = (("", data), ("rows.", data.get("rows", {})), ("near.", data.get("near") or {}))
+    for prefix, group in groups:
         numbers = {k: v for k, v in group.items() if isinstance(v, int | float)}
         counts |= {f"{prefix}{name}": float(value) for name, value in numbers.items()}
     return counts

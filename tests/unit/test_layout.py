@@ -15,6 +15,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = ("kernels", "tiers", "index", "prefetch")
 SUBPACKAGES = ("bench", "evals", "sessions", "sparse")
 """Folders inside ``offload/`` itself."""
+NESTED = {"tiers": ("near",)}
+"""Folders inside root folders; setuptools has to be told of each."""
 ALL_FOLDERS = ("offload", *FOLDERS, "tests", "tools", "benchmarks")
 NOUNS = {"offload.errors", "offload.types"}
 SHARED = NOUNS | {"offload.config", "offload.stats"}
@@ -104,6 +106,8 @@ def relative(file: Path) -> str:
 
 def test_package_dir_of_every_folder_matches_its_link() -> None:
     mapping = {f"offload.{name}": name for name in FOLDERS} | {"offload": "offload"}
+    inner = [(outer, name) for outer, names in NESTED.items() for name in names]
+    mapping |= {f"offload.{outer}.{name}": f"{outer}/{name}" for outer, name in inner}
     assert PYPROJECT["tool"]["setuptools"]["package-dir"] == mapping
     packages = {*mapping, *(f"offload.{name}" for name in SUBPACKAGES)}
     assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == packages
@@ -128,7 +132,8 @@ def test_root_folder_has_no_init_file(name: str) -> None:
 def test_folder_of_modules_has_no_folders_of_modules_inside(name: str) -> None:
     # setuptools ships the packages that are listed, and a nested one would be left out in silence.
     depths = {file.relative_to(ROOT / name).parent for file in python_files(name)}
-    allowed = {Path(), *map(Path, SUBPACKAGES)} if name == "offload" else {Path()}
+    inner = SUBPACKAGES if name == "offload" else NESTED.get(name, ())
+    allowed = {Path(), *map(Path, inner)}
     assert depths <= allowed
 
 

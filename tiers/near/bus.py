@@ -13,12 +13,18 @@ class BusBytes(NamedTuple):
         Queries with the changes to what rows consist of, and partial results.
     written, fetched : int
         Keys and values, down and up.
+    read : int
+        From disks, by workers that attend: what did not have to cross.
+    num_reads : int
+        Requests in which that was read.
     """
 
     asked: int = 0
     answered: int = 0
     written: int = 0
     fetched: int = 0
+    read: int = 0
+    num_reads: int = 0
 
 
 class BusMeter:
@@ -33,8 +39,7 @@ class BusMeter:
         """What crossed so far."""
         return self._bytes
 
-    def add(self, *, asked: int = 0, answered: int = 0, written: int = 0, fetched: int = 0) -> None:
+    def add(self, more: BusBytes) -> None:
         """Count bytes."""
         with self._lock:
-            more = (asked, answered, written, fetched)
             self._bytes = BusBytes(*(a + b for a, b in zip(self._bytes, more, strict=True)))

@@ -159,7 +159,7 @@ class NearDisk(Tier):
             with self._lock:
                 punched.update(i for i, done in enumerate(future.result()) if done)
                 for i, hole in enumerate(freed.holes):
-                    if punched[i] == len(self.members) and not self._closed:
+                    if punched[i] == len(self.members) and self._table.is_alive(hole.segment):
                         punched[i] = 0
                         self._table.punched(hole)
 

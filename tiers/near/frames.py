@@ -26,7 +26,8 @@ class Frames:
 
     def __init__(self, memory: Tensor, frame_bytes: int) -> None:
         self.count = memory.numel() // frame_bytes
-        self._frames = list(memory[: self.count * frame_bytes].view(self.count, frame_bytes))
+        frames = memory[: self.count * frame_bytes].view(self.count, frame_bytes)
+        self._frames: list[Tensor] = list(frames)
         self._free = list(range(self.count))
         self._closed = False
         self._changed = threading.Condition()

@@ -3,21 +3,17 @@
 import contextlib
 import itertools
 import logging
-import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-import offload
 from offload.errors import ClosedError, StorageError, TransferTimeout
+from offload.tiers.near.launching import Launcher, WorkerProcess
 from offload.tiers.near.messages import Adopt, Body, Reply, Request, WorkerConfig
 from offload.tiers.near.shared_memory import SharedMemory
 
@@ -71,7 +67,6 @@ class WorkerLink:
         self, config: WorkerConfig, adopt: Callable[[], Adopt], patience_s: float = 30.0
     ) -> None:
         self.config = config
-        self.memory = SharedMemory(config.shared_bytes)
         self.num_restarts = 0
         self._adopt = adopt
         self._patience_s = patience_s
@@ -85,8 +80,15 @@ class WorkerLink:
         self._is_late = False
         """Whether the process is ended for not answering."""
         self._known: Known = {}
+        self._has_ended = False
+        self.memory = SharedMemory(config.shared_bytes)
         try:
-            self._process, self._connection = self._start()
+            self._launcher = Launcher.acquire()
+            try:
+                self._process, self._connection = self._start()
+            except BaseException:
+                Launcher.release()
+                raise
         except BaseException:
             self.memory.close()
             raise
@@ -131,13 +133,17 @@ class WorkerLink:
         """End the process and the thread; what is pending fails. Idempotent."""
         with self._lock:
             self._closed = True
+            if self._has_ended:
+                return
+            self._has_ended = True
         self._process.kill()  # it owns nothing that another would not find; frees who sends to it
         with self._sending:
             self._process.kill()  # the one that was being started, if one was
         self._thread.join()
         self._end_process()
-        self._fail_all(lambda what: ClosedError(f"{what}: the disk tier was closed"))
+        self._fail_all(ClosedError, "the disk tier was closed")
         self.memory.close()
+        Launcher.release()
 
     def _send(self, number: int, pending: _Pending) -> None:
         """Send a request; whoever calls holds ``_sending``."""
@@ -160,11 +166,10 @@ class WorkerLink:
             try:
                 self._revive()
             except Exception as error:  # without a worker, whoever waits must be told
-                reason = str(error)
                 _LOG.exception("cannot restart %s", self.config.name)
                 with self._lock:
                     self._closed = True
-                self._fail_all(lambda what, why=reason: StorageError(f"{what}: {why}"))
+                self._fail_all(StorageError, f"cannot restart {self.config.name}: {error}")
                 return
 
     def _next_reply(self) -> Reply | None:
@@ -211,8 +216,7 @@ class WorkerLink:
             with self._lock:
                 if self._closed:
                     return
-            code = self._process.returncode
-            how = "was killed, because it did not answer" if is_hung else f"died (exit code {code})"
+            how = "was killed, because it did not answer" if is_hung else "died"
             _LOG.warning("%s %s; starting another", self.config.name, how)
             self._process, self._connection = self._start()
             self._known = {}
@@ -233,28 +237,19 @@ class WorkerLink:
         message = f"{pending.what}: {self.config.name} {how}, {_MOST_ATTEMPTS} times"
         pending.future.set_exception(TransferTimeout(message) if is_late else StorageError(message))
 
-    def _fail_all(self, error: Callable[[str], Exception]) -> None:
+    def _fail_all(self, kind: type[Exception], reason: str) -> None:
         with self._lock:
             left, self._pending = self._pending, {}
         for pending in left.values():
-            pending.future.set_exception(error(pending.what))
+            pending.future.set_exception(kind(f"{pending.what}: {reason}"))
 
-    def _start(self) -> "tuple[subprocess.Popen[bytes], Connection[Any, Any]]":
+    def _start(self) -> "tuple[WorkerProcess, Connection[Any, Any]]":
         ours, theirs = socket.socketpair()
-        fds = (theirs.fileno(), self.memory.fd)
-        root = str(Path(offload.__file__).resolve().parent.parent)
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "offload.tiers.near.worker", *map(str, fds)],
-                pass_fds=fds,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            )
-        except OSError as error:
+            process = self._launcher.start(theirs.fileno(), self.memory.fd)
+        except BaseException:
             ours.close()
-            raise StorageError(error.errno, f"cannot start {self.config.name}: {error}") from error
+            raise
         finally:
             theirs.close()
         connection: Connection[Any, Any] = Connection(ours.detach())
@@ -267,16 +262,14 @@ class WorkerLink:
             connection.recv()
         except (EOFError, OSError) as error:
             process.kill()
-            code = process.wait()
+            process.close()
             connection.close()
             if isinstance(error, StorageError):
                 raise
-            raise StorageError(
-                f"{self.config.name} ended before it served (exit code {code})"
-            ) from error
+            raise StorageError(f"{self.config.name} ended before it served") from error
         return process, connection
 
     def _end_process(self) -> None:
         self._process.kill()
-        self._process.wait()
+        self._process.close()
         self._connection.close()

@@ -159,7 +159,7 @@ class ShardRecords:
         sizes = end - begin
         places = np.cumsum(sizes) - sizes
         memory = thread_memory("groups", int(sizes.sum()))
-        addresses = places + memory.data_ptr()
+        addresses: Ints = places + memory.data_ptr()
         self._read_pieces(slots >> 32, begin, addresses, sizes, memory)
         addresses += start - begin
         self._verify(slots, heads, first, num_tokens, addresses)

@@ -26,6 +26,7 @@ from offload.tiers.near.messages import (
 from offload.tiers.near.records import Ints, ShardRecords
 from offload.tiers.near.sparf_settings import SparF
 from offload.tiers.near.wire import CallFormat
+from offload.tiers.read_meter import Fetched
 from offload.types import Partial
 
 _NOTHING = np.empty(0, np.int64)
@@ -96,10 +97,13 @@ class Shard:
 
     def counters(self) -> dict[str, int]:
         """Return what was read and attended, and what the channels take up."""
-        counted = {"attended_rows": self._attended, **self._records.meter.fetched._asdict()}
+        counted = {"attended_rows": self._attended, **self._fetched()._asdict()}
         if self._channels is not None:
             counted |= {f"channel_{name}": n for name, n in self._channels.stats().items()}
         return counted
+
+    def _fetched(self) -> Fetched:
+        return self._records.meter.fetched
 
     def close(self) -> None:
         """End every thread. Files stay. Idempotent."""
@@ -141,7 +145,7 @@ class Shard:
             fmt.put_answer(frame, len(tables), row, found)
 
         rows = [self._attending.submit(attend, row) for row in range(len(tables))]
-        _when_all(rows, answer)
+        _when_all(rows, lambda error: answer(self._fetched(), error))
 
     def _attend(self, query: Tensor, slots: Ints, how: SparF | None) -> Partial:
         with self._lock:
@@ -169,9 +173,7 @@ def _answering(work: Callable[[], Any], answer: Callable[[Any, Exception | None]
         answer(value, None)
 
 
-def _when_all(
-    futures: Sequence[Future[None]], answer: Callable[[Any, Exception | None], None]
-) -> None:
+def _when_all(futures: Sequence[Future[None]], answer: Callable[[Exception | None], None]) -> None:
     """Answer when the last of some rows is done, with the first error if there is one."""
     left, lock = len(futures), threading.Lock()
 
@@ -182,8 +184,7 @@ def _when_all(
             if left:
                 return
         errors = [future.exception() for future in futures]
-        failed = next((error for error in errors if error is not None), None)
-        answer(None, failed if isinstance(failed, Exception) or failed is None else None)
+        answer(next((error for error in errors if isinstance(error, Exception)), None))
 
     for future in futures:
         future.add_done_callback(one_done)

@@ -21,7 +21,11 @@ class SparF:
     tokens: float | int
     group_tokens: int = 16
 
+    def num_tokens(self, num_tokens: int) -> int:
+        """Return how many tokens are wanted of so many; whole groups of them are read."""
+        wanted = self.tokens if isinstance(self.tokens, int) else int(self.tokens * num_tokens)
+        return max(1, min(num_tokens, wanted))
+
     def num_groups(self, num_tokens: int, group_tokens: int) -> int:
         """Return how many groups are read of so many tokens."""
-        wanted = self.tokens if isinstance(self.tokens, int) else self.tokens * num_tokens
-        return max(1, -(-int(wanted) // group_tokens))
+        return -(-self.num_tokens(num_tokens) // group_tokens)

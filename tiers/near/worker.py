@@ -1,25 +1,37 @@
 """A storage-side worker: the process that owns the shards of some KV heads.
 
-Started by ``link``; ends when its parent does, however that happens.
+Forked by ``launcher``; ends when the process that it works for does, however that happens.
 """
 
 import contextlib
 import os
-import sys
 import threading
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 from offload.errors import OffloadError, StorageError
+from offload.kernels import dispatch
 from offload.tiers.near.messages import Reply, Request, WorkerConfig
 from offload.tiers.near.shard import Shard
 from offload.tiers.near.shared_memory import SharedMemory
+from offload.types import ChunkLayout
 
 _LOOK_UP_S = 2.0
-"""How often an idle worker looks whether its parent lives: a fork of the parent may hold the other
-end of the connection open."""
+"""How often an idle worker looks whether its launcher lives, which ends with whoever it serves: a
+fork of that may hold the other end of the connection open."""
+
+
+def warm_up() -> None:
+    """Load what the first request would otherwise wait for."""
+    layout = ChunkLayout(1, 16, 16, 16, torch.bfloat16)
+    chunk = torch.ones(layout.shape, dtype=layout.dtype)
+    query = torch.ones(1, 1, layout.key_dim)
+    addresses = torch.tensor([[chunk.data_ptr()]])
+    torch.set_num_threads(1)
+    dispatch.attend_rows(query, addresses, layout.value_dim, layout.dtype, layout.chunk_tokens)
 
 
 def main(connection_fd: int, memory_fd: int) -> None:
@@ -28,7 +40,7 @@ def main(connection_fd: int, memory_fd: int) -> None:
     Parameters
     ----------
     connection_fd, memory_fd : int
-        Inherited: one end of the connection, and the shared memory.
+        One end of the connection, and the shared memory.
     """
     parent = os.getppid()
     connection: Connection[Any, Any] = Connection(connection_fd)
@@ -59,9 +71,4 @@ def _serve(connection: "Connection[Any, Any]", shard: Shard, parent: int) -> Non
         if not connection.poll(_LOOK_UP_S):
             continue
         request: Request = connection.recv()
-        number = request.number
-        shard.handle(request.body, lambda value, error, number=number: reply(number, value, error))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+        shard.handle(request.body, partial(reply, request.number))
