@@ -49,7 +49,10 @@ class Entry:
     @property
     def is_dense(self) -> bool:
         """Whether every key is read at every step."""
-        return self.policy is None or self.policy.sparse is None
+        if self.policy is None:
+            return True
+        near = self.policy.near
+        return self.policy.sparse is None and (near is None or near.mode == "dense")
 
     @property
     def has_index(self) -> bool:
@@ -58,18 +61,24 @@ class Entry:
             self.policy.sparse is None or self.policy.sparse.index is None
         )
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether nothing of it is kept in memory."""
+        is_near = self.policy is not None and self.policy.near is not None
+        return self.name == "flexgen" or is_near
+
     def uses_disk(self, settings: BenchSettings, cell: Cell) -> bool:
         """Whether it keeps anything on disk."""
         if self.policy is None:
             return False
-        if self.name == "flexgen":
+        if self.is_on_disk:
             return True
         return place(settings, cell, has_device=_has_device(settings)).has_disk
 
     def host_share(self, settings: BenchSettings, cell: Cell) -> float:
         """Return how much host memory it needs, as a share of the bytes of keys and values."""
         if self.uses_disk(settings, cell):
-            return 0.0 if self.name == "flexgen" else cell.ram_share or 0.0
+            return 0.0 if self.is_on_disk else cell.ram_share or 0.0
         if _has_device(settings) and self.policy is None and self.name != "offloading":
             return 0.0
         return 1.0
@@ -80,7 +89,7 @@ class Entry:
             return _dense(settings, cell)
         if self.policy is None:
             return DynamicCache(config=config, offloading=self.name == "offloading")
-        if self.name == "flexgen":
+        if self.is_on_disk:
             placement = streaming(settings, cell)
         else:
             placement = place(settings, cell, has_device=_has_device(settings))

@@ -58,5 +58,8 @@ def place(settings: BenchSettings, cell: Cell, *, has_device: bool) -> Placement
 
 
 def streaming(settings: BenchSettings, cell: Cell) -> Placement:
-    """Return what holds nothing in memory: every chunk is read from disk at every step."""
-    return Placement({"disk": int(_SLACK * settings.kv_bytes(cell)) + _BESIDE_BYTES})
+    """Return what holds nothing in memory: chunks are read from disk at every step.
+
+    Keys may lie there twice, and the file system is not asked for more than is used.
+    """
+    return Placement({"disk": int(2 * settings.kv_bytes(cell)) + _BESIDE_BYTES})

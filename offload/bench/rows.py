@@ -67,6 +67,8 @@ class BenchRow:
         Of indexes, and of keys and values that were attended to.
     host_bytes, disk_bytes : float or None
         From host memory to the device, and from disk.
+    bus_bytes : float or None
+        Queries, answers, new keys and values between a cache and storage-side workers.
     hit_rate : float or None
         Of rows that no tier's memory had, the share that a cache of lines had.
     prefetch_rate : float or None
@@ -111,6 +113,7 @@ class BenchRow:
     read_bytes: float | None
     host_bytes: float | None
     disk_bytes: float | None
+    bus_bytes: float | None
     hit_rate: float | None
     prefetch_rate: float | None
     hidden_share: float | None

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from offload.bench.counters import hidden_share, hit_rate
+from offload.bench.counters import Counts, hidden_share, hit_rate
 from offload.bench.dense import DenseCache
 from offload.bench.drivers import Driver
 from offload.bench.limits import Bandwidths, Moved, least_seconds, typical
@@ -44,6 +44,7 @@ def make_row(
         read_bytes=moved.read,
         host_bytes=moved.host,
         disk_bytes=moved.disk,
+        bus_bytes=_over_bus(sample.counts, sample.num_steps),
         hit_rate=hit_rate(sample.counts),
         prefetch_rate=sample.prefetch_rate,
         hidden_share=hidden_share(sample.counts),
@@ -105,5 +106,18 @@ def bytes_moved(subject: Subject, driver: Driver) -> Moved:
         read=everything - skipped * settings.shape.row_bytes(settings.torch_dtype) / steps,
         weights=driver.weight_bytes,
         host=host,
-        disk=counts["disk.loaded_bytes"] / steps if "disk.loaded_bytes" in counts else None,
+        disk=_from_disk(counts, steps),
     )
+
+
+def _from_disk(counts: Counts, steps: int) -> float | None:
+    if "disk.loaded_bytes" not in counts:
+        return None
+    return (counts["disk.loaded_bytes"] + counts.get("near.read_bytes", 0.0)) / steps
+
+
+def _over_bus(counts: Counts, steps: int) -> float | None:
+    if "near.asked_bytes" not in counts:
+        return None
+    crossed = ("asked", "answered", "written", "fetched")
+    return sum(counts[f"near.{name}_bytes"] for name in crossed) / steps

@@ -18,8 +18,18 @@ PROTOCOLS = {
 
 EXACT = "exact"
 
-_OPTIONS = {"error": "error", "wait_us": "max_wait_us", "early": "early_budget"}
+_OPTIONS = {
+    "error": "error",
+    "wait_us": "max_wait_us",
+    "early": "early_budget",
+    "channels": "channel_share",
+    "group": "group_tokens",
+    "workers": "workers_per_path",
+}
 """What may be written ``NAME=NUMBER`` after a policy, and what ``customised`` calls it."""
+
+_DENSE = "dense"
+"""Written after a policy that attends beside the disk: everything is read there."""
 
 _CODEC = "codec="
 
@@ -48,11 +58,13 @@ class Contender:
     @property
     def piece_tokens(self) -> int | None:
         """Most tokens of one forward pass that is to be sparse; None if none is."""
+        if self.preset.near is not None:
+            return self.preset.near.max_queries
         return None if self.preset.sparse is None else self.preset.sparse.max_queries
 
 
 def find_contender(name: str, protocol: Protocol) -> Contender:
-    """Read ``POLICY`` and, after colons, a budget, ``error=``, ``wait_us=`` or ``codec=``.
+    """Read ``POLICY`` and, after colons, a budget, ``dense``, or options such as ``codec=``.
 
     Parameters
     ----------
@@ -74,6 +86,8 @@ def find_contender(name: str, protocol: Protocol) -> Contender:
     options = dict(_read_option(name, text) for text in texts)
     if options:
         preset = customised(policy, **options)
+    if preset.near is not None and protocol == "A":
+        preset = replace(preset, near=replace(preset.near, max_queries=1))
     if preset.sparse is not None and protocol == "A":
         # A call with more queries than this is exact, and a question has more than one token.
         preset = replace(preset, sparse=replace(preset.sparse, max_queries=1))
@@ -85,6 +99,8 @@ def find_contender(name: str, protocol: Protocol) -> Contender:
 
 def _read_option(name: str, text: str) -> tuple[str, Any]:
     """Return what ``customised`` calls an option, and its value."""
+    if text == _DENSE:
+        return "mode", _DENSE
     key, equals, number = text.rpartition("=")
     if not equals:
         return "budget", _read_number(name, text)

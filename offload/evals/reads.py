@@ -60,7 +60,7 @@ def count_reads(
     ----------
     cache : OffloadedCache
     plan : SparsePlan or None
-        None: everything was read.
+        Of the policy, if it has one.
     calls : sequence of Call
         On any fork of the cache.
     before, after : CacheStats
@@ -68,16 +68,14 @@ def count_reads(
     num_kv_heads, chunk_tokens : int
     """
     visible = sum(call.visible_tokens for call in calls)
-    skipped = 0.0
-    if plan is not None:
-        num_layers = sum(isinstance(layer, OffloadedLayer) for layer in cache.layers)
-        per_layer = after.covered_tokens - before.covered_tokens
-        per_layer -= after.retrieved_tokens - before.retrieved_tokens
-        skipped = per_layer / (num_layers * num_kv_heads)
-        if plan.index is None:
-            sparse_layers = num_layers - plan.dense_layers
-            skipped = sum(_left_out(plan, call, chunk_tokens) for call in calls)
-            skipped *= sparse_layers / num_layers
+    num_layers = sum(isinstance(layer, OffloadedLayer) for layer in cache.layers)
+    per_layer = after.covered_tokens - before.covered_tokens
+    per_layer -= after.retrieved_tokens - before.retrieved_tokens
+    skipped = per_layer / (num_layers * num_kv_heads)
+    if plan is not None and plan.index is None:
+        sparse_layers = num_layers - plan.dense_layers
+        skipped = sum(_left_out(plan, call, chunk_tokens) for call in calls)
+        skipped *= sparse_layers / num_layers
     return Reads(sum(call.num_tokens for call in calls), visible, visible - skipped)
 
 

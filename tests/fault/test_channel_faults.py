@@ -242,6 +242,23 @@ def test_chunk_forgotten_while_its_block_is_written_stays_forgotten(
         assert store.stats()["tail_bytes"] == CHUNK_BYTES
 
 
+def test_chunk_that_comes_while_its_lane_is_written_waits_for_the_next_block(
+    directory: Path,
+) -> None:
+    gate = Gate()
+    pwritev = FlakyCall(os.pwritev, lambda *_: gate())
+    with closing(open_store(directory, pwritev=pwritev)) as store:
+        threads = [threading.Thread(target=put, args=(store, slots)) for slots in (range(4), [4])]
+        threads[0].start()
+        assert gate.reached.wait(WAIT_S)
+        threads[1].start()
+        gate.open()
+        for thread in threads:
+            thread.join()
+        assert (store.stats()["blocks"], store.stats()["tail_bytes"]) == (1, CHUNK_BYTES)
+        check_against(store, dict.fromkeys(range(5)), unknown=99)
+
+
 def test_close_waits_for_the_block_that_is_being_written(directory: Path) -> None:
     gate = Gate()
     store = open_store(directory, pwritev=FlakyCall(os.pwritev, lambda *_: gate()))

@@ -105,10 +105,12 @@ class ChannelMachine(RuleBasedStateMachine):
             assert stats["tail_bytes"] <= NUM_LANES * (BLOCK_CHUNKS - 1) * CHUNK_BYTES
 
     def teardown(self) -> None:
-        if hasattr(self, "store"):
-            self.store.close(remove=True)
-            assert not list(self.directory.iterdir())
-        shutil.rmtree(self.directory)
+        try:
+            if hasattr(self, "store"):
+                self.store.close(remove=True)
+                assert not list(self.directory.iterdir())
+        finally:
+            shutil.rmtree(self.directory)
 
 
 ChannelMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30)

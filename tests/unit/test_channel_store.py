@@ -245,6 +245,39 @@ def test_memory_limit_is_kept_by_writing_the_longest_tail_short(
         check_against(store, dict.fromkeys(range(20)), unknown=99)
 
 
+def test_memory_limit_writes_the_longest_tail(directory: Path) -> None:
+    with closing(open_store(directory, memory_chunks=4)) as store:
+        put(store, [0], (0, 0))
+        put(store, [1, 2], (0, 1))
+        put(store, [3, 4], (0, 2))
+        assert [store.find(np.array([slot])).is_file[0] for slot in range(5)] == [
+            False,
+            True,
+            True,
+            False,
+            False,
+        ]
+
+
+def test_padding_of_a_file_is_zero_whatever_was_written_before(
+    store: ChannelStore, directory: Path
+) -> None:
+    put(store, range(5))
+    store.flush()
+    codes_bytes = 2 * 8 * 16
+    assert not any((directory / files_of(directory)[1]).read_bytes()[4096 + codes_bytes :])
+
+
+def test_chunk_that_was_forgotten_after_it_was_dropped_is_new_when_it_comes(
+    store: ChannelStore,
+) -> None:
+    put(store, range(4))
+    store.drop(find(store, [0]).blocks[0].number)
+    store.forget([0])
+    put(store, [0, 1])
+    assert (store.stats()["dropped"], store.stats()["rebuilt"]) == (4, 1)
+
+
 def test_flush_writes_every_tail_however_short(store: ChannelStore) -> None:
     put(store, range(7), [(0, slot % 3) for slot in range(7)])
     store.flush()

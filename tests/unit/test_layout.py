@@ -54,6 +54,7 @@ HUGGING_FACE = {
     "local_model",
     "lookahead",
     "masks",
+    "micro_batches",
     "weights",
     "prefill",
     "recall_data",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from offload.errors import CorruptChunk
 from offload.kernels import dispatch, sparf
 from offload.kernels.reference import merge
 from offload.tiers.near.channel_store import ChannelStore
+from offload.tiers.near.channel_table import Found
 from offload.tiers.near.records import Ints, ShardRecords
 from offload.tiers.near.scratch_memory import thread_memory
 from offload.tiers.near.sparf_settings import SparF
@@ -20,6 +22,21 @@ from offload.types import Partial, SlotId
 
 _READ_BYTES = 4 << 20
 """Of records that are read together; while they are attended the next ones are under way."""
+
+
+@dataclass(slots=True, eq=False)
+class RowChunks:
+    """What is attended for one row of a batch.
+
+    Attributes
+    ----------
+    slots : ndarray, int64 [num_chunks]
+    found : Found or None
+        Where their channels were when they were last looked for.
+    """
+
+    slots: Ints
+    found: Found | None = None
 
 
 class ShardAttention:
@@ -70,7 +87,7 @@ class ShardAttention:
             parts.append(self._attend(query, addresses, layout.chunk_tokens))
         return merge(parts)
 
-    def sparse(self, query: Tensor, slots: Ints, how: SparF) -> Partial:
+    def sparse(self, query: Tensor, row: RowChunks, how: SparF) -> Partial:
         """Attend to the groups of tokens that a few channels of the query point at.
 
         SparF attention (InstInfer, arXiv 2409.04992, section 4), with the temperature of SparQ. We
@@ -81,37 +98,47 @@ class ShardAttention:
         Parameters and errors as for ``dense``.
         """
         assert self._channels is not None
+        slots = row.slots
         size = self._layout.chunk_tokens
         group = _group_tokens(how.group_tokens, self._records.group_tokens, size)
         num_groups = how.num_groups(len(slots) * size, group)
         if num_groups * group >= len(slots) * size:
             return self.dense(query, slots)
-        logits = self._approximate(query, slots, how.channels)
+        logits = self._approximate(query, row, how.channels)
+        if logits is None or row.found is None:
+            return self.dense(query, slots)
         chosen, alpha = sparf.choose_groups(logits, group, num_groups)
         heads = np.repeat(np.arange(len(chosen)), chosen.shape[1])
         chunk, inside = np.divmod(chosen.reshape(-1), size // group)
         places = self._records.read_groups(slots[chunk], heads, inside * group, group)
         addresses = torch.from_numpy(places.reshape(chosen.shape))
         read = self._attend(query, addresses, group)
-        mean = self._channels.means(self._channels.find(slots))
+        mean = self._channels.means(row.found)
         out, lse = sparf.finish(read.out.numpy(), read.lse.numpy(), alpha, mean)
         return Partial(torch.from_numpy(out), torch.from_numpy(lse))
 
-    def _approximate(self, query: Tensor, slots: Ints, num_channels: int) -> NDArray[np.float32]:
-        """Return logits of all tokens by a few channels; heals the channel copy on the way."""
+    def _approximate(
+        self, query: Tensor, row: RowChunks, num_channels: int
+    ) -> NDArray[np.float32] | None:
+        """Return logits of all tokens by a few channels; heals the channel copy on the way.
+
+        None if that cannot be healed: it finds no room, or what is written comes back damaged.
+        """
         assert self._channels is not None
         asked = query.numpy()
         channels, coverage = sparf.choose_channels(asked, min(num_channels, asked.shape[2]))
-        for is_last in (False, True):
-            found = self._channels.find(slots)
+        for _ in range(2):
+            found = self._channels.find(row.slots, row.found)
             if len(found.missing):
-                self._rebuild(slots[found.missing])
-                found = self._channels.find(slots)
+                self._rebuild(row.slots[found.missing])
+                found = self._channels.find(row.slots)
+            row.found = found
+            if len(found.missing):
+                return None
             try:
                 runs = self._channels.read(found, channels)
+                self._records.meter.add(runs.bytes_read, channels.size * len(runs.addresses))
             except CorruptChunk:
-                if is_last:
-                    raise
                 continue  # the damaged block is gone; its chunks are copied once more
             return sparf.approximate(
                 asked,
@@ -123,7 +150,7 @@ class ShardAttention:
                 found.column,
                 self._layout.chunk_tokens,
             )
-        raise AssertionError
+        return None
 
     def _rebuild(self, slots: Ints) -> None:
         """Copy the keys of records into the channel store."""

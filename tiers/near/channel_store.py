@@ -30,8 +30,8 @@ class ChannelStore:
     selection: whoever misses a chunk (``Found.missing``) adds it again from its record.
 
     A slot is never used for another chunk. Dead slots of living blocks are held again by the next
-    store of the token, until ``retain`` or ``forget`` tells it. Any thread may call any method; after ``close`` most
-    raise ClosedError.
+    store of the token, until ``retain`` or ``forget`` tells it. Any thread may call any method;
+    after ``close`` most raise ClosedError.
 
     Parameters
     ----------
@@ -203,7 +203,7 @@ class ChannelStore:
         ndarray, float32 [num_kv_heads, value_dim]
             Zero if none was found.
         """
-        weights = np.bincount(found.block[found.block >= 0], minlength=len(found.blocks))
+        weights = np.bincount(found.block[found.block >= 0])
         share = (weights / max(1, weights.sum())).astype(np.float32)
         means: Floats = np.tensordot(share, found.value_means, 1)
         return means

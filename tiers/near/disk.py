@@ -1,5 +1,7 @@
 """A disk tier that attends: chunks divided by heads among worker processes beside the disks."""
 
+import atexit
+import os
 import secrets
 import shutil
 import threading
@@ -40,6 +42,7 @@ class NearDisk(Tier):
     does. It keeps what a record holds of its KV heads and, for SparF, its keys a second time,
     channel by channel. When a worker dies another takes over its files, and what was under way is
     asked again; see ``WorkerLink``. A slot must not be freed while a transfer or a call uses it.
+    What is not closed is closed at exit, before workers could get in the way of who removes files.
 
     Parameters
     ----------
@@ -97,6 +100,10 @@ class NearDisk(Tier):
         self._deadline_s = deadline_s
         self._lock = threading.RLock()
         self._infos: dict[SlotId, ChunkInfo] = {}
+        """What slots are to hold: told to workers that take over, some of which may have written
+        their part when others had not."""
+        self._stored: set[SlotId] = set()
+        """Those that every worker has written."""
         self._lanes = Lanes()
         self._forgetting: list[Future[Any]] = []
         self._closed = False
@@ -109,6 +116,7 @@ class NearDisk(Tier):
         except BaseException:
             self._end_workers()
             raise
+        atexit.register(self._close_at_exit, os.getpid())
 
     @property
     def num_slots(self) -> int:
@@ -148,6 +156,7 @@ class NearDisk(Tier):
                 return
             for slot in slots:
                 self._infos.pop(slot, None)
+            self._stored.difference_update(slots)
             freed = self._table.free(slots)
             self._forgetting = [future for future in self._forgetting if not future.done()]
         body = Forget(list(slots), freed.holes, freed.dead_segments)
@@ -191,14 +200,16 @@ class NearDisk(Tier):
         left = [len(self.members)] * len(slots)
         with self._lock:
             self._check_open()
+            self._stored.difference_update(slots)
+            self._infos |= zip(slots, infos, strict=True)
             lanes = self._lanes.of_all([(info.layer, info.first_token) for info in infos])
 
         def stored(part: range) -> None:
             with self._lock:
                 for i in part:
                     left[i] -= 1
-                    if not left[i] and not self._closed:
-                        self._infos[slots[i]] = infos[i]
+                    if not left[i]:
+                        self._stored.add(slots[i])
 
         futures = [
             future
@@ -264,6 +275,7 @@ class NearDisk(Tier):
         self._settle()
         with self._lock:
             self._table.check_integrity()
+            assert self._stored <= self._infos.keys()
             assert all(self._table.holds(slot) for slot in self._infos)
             assert self.used_bytes <= self.capacity_bytes
 
@@ -273,9 +285,15 @@ class NearDisk(Tier):
             if self._closed:
                 return
             self._closed = True
+        atexit.unregister(self._close_at_exit)
         self._end_workers()
         self._table = SegmentTable(0, self._table.records_per_segment)
         self._infos.clear()
+        self._stored.clear()
+
+    def _close_at_exit(self, owner_pid: int) -> None:
+        if os.getpid() == owner_pid:  # a fork has no workers
+            self.close()
 
     def _open(self, number: int, place: WorkerPlace, fingerprint: bytes) -> Member:
         directory = place.directory / f"worker-{number}"
@@ -313,7 +331,7 @@ class NearDisk(Tier):
     def _missing(self, slots: Sequence[SlotId]) -> list[SlotId]:
         with self._lock:
             self._check_open()
-            return [slot for slot in slots if slot not in self._infos]
+            return [slot for slot in slots if slot not in self._stored]
 
     def _settle(self) -> None:
         """Wait until workers have given back what was freed."""

@@ -33,7 +33,10 @@ class Frames:
         self._changed = threading.Condition()
 
     def __getitem__(self, number: int) -> Tensor:
-        return self._frames[number]
+        with self._changed:
+            if self._closed:
+                raise ClosedError("the disk tier is closed")
+            return self._frames[number]
 
     def take(self, n: int, timeout_s: float, what: str) -> list[int]:
         """Take ``n`` frames, waiting until there are so many.

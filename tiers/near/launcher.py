@@ -6,6 +6,7 @@ where no threads run. Started by ``launching``; ends when its parent does.
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import struct
@@ -27,14 +28,17 @@ def main(control_fd: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for workers here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's to handle
     control = socket.socket(fileno=control_fd)
+    # A fork of the parent may hold the other end of the control socket open.
+    parent = os.pidfd_open(os.getppid())
     worker.warm_up()
-    while True:
+    while parent not in select.select([control, parent], [], [])[0]:
         message, fds, _, _ = socket.recv_fds(control, 1, 2)
         if not message:
             return
         pid = os.fork()
         if not pid:
             control.close()
+            os.close(parent)
             _run(*fds)
         for fd in fds:
             os.close(fd)

@@ -15,6 +15,9 @@ from offload.tiers.near.launcher import PID
 
 _LAST_WAIT_S = 10.0
 
+_FIRST_WAIT_S = 60.0
+"""Longest time for a launcher to load everything and fork."""
+
 
 class WorkerProcess:
     """A process that is nobody's child here, held by a descriptor, so that no other is ever meant.
@@ -39,7 +42,9 @@ class WorkerProcess:
         Not for ever: one that is stuck in a dead disk ends when the system lets it.
         """
         if self._fd >= 0:
-            select.select([self._fd], [], [], _LAST_WAIT_S)
+            poll = select.poll()  # ``select`` knows the first 1024 descriptors only
+            poll.register(self._fd, select.POLLIN)
+            poll.poll(1000 * _LAST_WAIT_S)
             os.close(self._fd)
             self._fd = -1
 
@@ -102,7 +107,7 @@ class Launcher:
                 except OSError as error:
                     if is_last:
                         raise StorageError(
-                            error.errno, f"cannot start a storage worker: {error.strerror}"
+                            error.errno, f"cannot start a storage worker: {error}"
                         ) from error
                 self._end()
                 self._start_launcher()
@@ -110,6 +115,7 @@ class Launcher:
 
     def _start_launcher(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.settimeout(_FIRST_WAIT_S)
         [package] = sys.modules["offload"].__path__
         root = str(Path(package).resolve().parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))

@@ -19,6 +19,9 @@ from offload.tiers.near.shared_memory import SharedMemory
 
 _LOG = logging.getLogger(__name__)
 
+_START_S = 60.0
+"""Longest time for a process to start; no measure of how long a request may take."""
+
 _MOST_ATTEMPTS = 2
 """A request in the course of which two workers died is not given to a third."""
 
@@ -50,12 +53,14 @@ class WorkerLink:
     adopt : callable
         Returns the slots that a new process has to know, and what their records are about.
     patience_s : float
-        Longest time for one request, and for a process to start.
+        Longest time for one request.
 
     Raises
     ------
+    ConfigError
+        The process refuses its configuration.
     StorageError
-        The process cannot be started.
+        It cannot be started.
 
     Attributes
     ----------
@@ -222,7 +227,8 @@ class WorkerLink:
             self._known = {}
             self.num_restarts += 1
             adopt = self._adopt()
-            self._connection.send(Request(-2, adopt))
+            with contextlib.suppress(OSError):  # as in ``_send``
+                self._connection.send(Request(-2, adopt))
             with self._lock:
                 left = dict(self._pending)
             for number, pending in left.items():
@@ -254,20 +260,26 @@ class WorkerLink:
             theirs.close()
         connection: Connection[Any, Any] = Connection(ours.detach())
         try:
-            connection.send(self.config)
-            if not connection.poll(self._patience_s):
-                raise StorageError(
-                    f"{self.config.name} has not started within {self._patience_s} s"
-                )
-            connection.recv()
-        except (EOFError, OSError) as error:
+            self._greet(connection)
+        except BaseException:
             process.kill()
             process.close()
             connection.close()
-            if isinstance(error, StorageError):
-                raise
-            raise StorageError(f"{self.config.name} ended before it served") from error
+            raise
         return process, connection
+
+    def _greet(self, connection: "Connection[Any, Any]") -> None:
+        """Tell a new process what it is for, and wait until it serves."""
+        name = self.config.name
+        try:
+            connection.send(self.config)
+            reply: Reply | None = connection.recv() if connection.poll(_START_S) else None
+        except (EOFError, OSError) as error:
+            raise StorageError(f"{name} ended before it served") from error
+        if reply is None:
+            raise StorageError(f"{name} has not started within {_START_S:g} s")
+        if reply.error is not None:
+            raise reply.error
 
     def _end_process(self) -> None:
         self._process.kill()

@@ -259,7 +259,7 @@ class ShardRecords:
         info, place = self.info(slot), locate(slot)
         stored = self._io.known(place, info)
         if stored is None:
-            page = thread_memory("header", PAGE_BYTES)
+            page = thread_memory("header", PAGE_BYTES)[:PAGE_BYTES]
 
             def move(fd: int, file: str) -> None:
                 read_fully(fd, [page.numpy().data], self._io.start_of(place), file, self._io.preadv)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offload.tiers.near.attention import ShardAttention, empty_partial
+from offload.tiers.near.attention import RowChunks, ShardAttention, empty_partial
 from offload.tiers.near.channel_store import ChannelStore
 from offload.tiers.near.messages import (
     Adopt,
@@ -23,7 +23,7 @@ from offload.tiers.near.messages import (
     WorkerConfig,
     Write,
 )
-from offload.tiers.near.records import Ints, ShardRecords
+from offload.tiers.near.records import ShardRecords
 from offload.tiers.near.sparf_settings import SparF
 from offload.tiers.near.wire import CallFormat
 from offload.tiers.read_meter import Fetched
@@ -73,7 +73,7 @@ class Shard:
         self._moving = pool(thread_name_prefix="near-move")
         self._attending = pool(thread_name_prefix="near-attend")
         self._attention = ShardAttention(self._records, self._channels, self._ahead)
-        self._tables: dict[int, Ints] = {}
+        self._rows: dict[int, RowChunks] = {}
         self._attended = 0
         self._lock = threading.Lock()
 
@@ -85,7 +85,7 @@ class Shard:
         works: dict[type, Callable[[Any], Any]] = {
             Write: self._write,
             Read: self._read,
-            Adopt: lambda adopt: self._records.adopt(adopt.slots, adopt.infos),
+            Adopt: self._adopt,
             Forget: self._forget,
             Ask: lambda _: self.counters(),
         }
@@ -122,9 +122,14 @@ class Shard:
     def _read(self, body: Read) -> None:
         self._records.read(body.slots, body.infos, self._slots_of(body.frames))
 
+    def _adopt(self, body: Adopt) -> None:
+        self._records.adopt(body.slots, body.infos)
+        if self._channels is not None:
+            self._channels.retain(body.slots)
+
     def _forget(self, body: Forget) -> list[bool]:
         for name in body.rows:
-            self._tables.pop(name, None)
+            self._rows.pop(name, None)
         if self._channels is not None:
             self._channels.forget(body.slots)
         return self._records.forget(body.slots, body.holes, body.dead_segments)
@@ -136,31 +141,32 @@ class Shard:
         layout, frame = self._config.layout, self._calls[body.call]
         dtype = getattr(torch, body.dtype_name)
         fmt = CallFormat(body.num_heads, layout.key_dim, layout.value_dim, dtype)
-        tables = [self._update(table) for table in body.tables]
-        query = fmt.query(frame, len(tables), body.scale)
+        rows = [self._update(table) for table in body.tables]
+        query = fmt.query(frame, len(rows), body.scale)
         query = query.unflatten(1, (layout.num_kv_heads, -1))
 
-        def attend(row: int) -> None:
-            found = self._attend(query[row].contiguous(), tables[row], body.how)
-            fmt.put_answer(frame, len(tables), row, found)
+        def attend(number: int) -> None:
+            found = self._attend(query[number].contiguous(), rows[number], body.how)
+            fmt.put_answer(frame, len(rows), number, found)
 
-        rows = [self._attending.submit(attend, row) for row in range(len(tables))]
-        _when_all(rows, lambda error: answer(self._fetched(), error))
+        jobs = [self._attending.submit(attend, number) for number in range(len(rows))]
+        _when_all(jobs, lambda error: answer(self._fetched(), error))
 
-    def _attend(self, query: Tensor, slots: Ints, how: SparF | None) -> Partial:
+    def _attend(self, query: Tensor, row: RowChunks, how: SparF | None) -> Partial:
         with self._lock:
             self._attended += 1
-        if not len(slots):
+        if not len(row.slots):
             return empty_partial(query, self._config.layout.value_dim)
         if how is None:
-            return self._attention.dense(query, slots)
-        return self._attention.sparse(query, slots, how)
+            return self._attention.dense(query, row.slots)
+        return self._attention.sparse(query, row, how)
 
-    def _update(self, update: TableUpdate) -> Ints:
-        known = self._tables.get(update.key, _NOTHING)
-        if len(update.added) or update.kept != len(known):
-            known = np.concatenate([known[: update.kept], update.added])
-            self._tables[update.key] = known
+    def _update(self, update: TableUpdate) -> RowChunks:
+        known = self._rows.get(update.key)
+        slots = _NOTHING if known is None else known.slots
+        if known is None or len(update.added) or update.kept != len(slots):
+            known = RowChunks(np.concatenate([slots[: update.kept], update.added]))
+            self._rows[update.key] = known
         return known
 
 

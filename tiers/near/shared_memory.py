@@ -32,11 +32,11 @@ class SharedMemory:
         self.num_bytes = round_up(num_bytes)
         self.fd = _anonymous_file(self.num_bytes) if fd is None else fd
         try:
-            self._map = mmap.mmap(self.fd, self.num_bytes)
+            mapped = mmap.mmap(self.fd, self.num_bytes)
         except BaseException:
             os.close(self.fd)
             raise
-        self.bytes: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.bytes: Tensor = torch.frombuffer(mapped, dtype=torch.uint8)  # which keeps the map
 
     def close(self) -> None:
         """Close the descriptor; the memory itself goes with its last view. Idempotent."""

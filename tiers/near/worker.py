@@ -7,7 +7,7 @@ import contextlib
 import os
 import threading
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -18,10 +18,6 @@ from offload.tiers.near.messages import Reply, Request, WorkerConfig
 from offload.tiers.near.shard import Shard
 from offload.tiers.near.shared_memory import SharedMemory
 from offload.types import ChunkLayout
-
-_LOOK_UP_S = 2.0
-"""How often an idle worker looks whether its launcher lives, which ends with whoever it serves: a
-fork of that may hold the other end of the connection open."""
 
 
 def warm_up() -> None:
@@ -42,22 +38,27 @@ def main(connection_fd: int, memory_fd: int) -> None:
     connection_fd, memory_fd : int
         One end of the connection, and the shared memory.
     """
-    parent = os.getppid()
+    # The launcher ends with whoever is served; a fork of that may hold the connection open.
+    launcher = os.pidfd_open(os.getppid())
     connection: Connection[Any, Any] = Connection(connection_fd)
     config: WorkerConfig = connection.recv()
     torch.set_num_threads(1)  # rows are attended side by side, each by one thread
     if config.cpus:
         os.sched_setaffinity(0, config.cpus)
     memory = SharedMemory(config.shared_bytes, memory_fd)
-    shard = Shard(config, memory.bytes)
+    try:
+        shard = Shard(config, memory.bytes)
+    except OffloadError as error:
+        connection.send(Reply(-1, None, error))
+        return
     connection.send(Reply(-1, os.getpid(), None))
     with contextlib.suppress(EOFError, OSError):
-        _serve(connection, shard, parent)
+        _serve(connection, shard, launcher)
     # Whoever is in the middle of a read has nobody left to tell.
     os._exit(0)
 
 
-def _serve(connection: "Connection[Any, Any]", shard: Shard, parent: int) -> None:
+def _serve(connection: "Connection[Any, Any]", shard: Shard, launcher: int) -> None:
     sending = threading.Lock()
 
     def reply(number: int, value: Any, error: Exception | None) -> None:
@@ -67,8 +68,6 @@ def _serve(connection: "Connection[Any, Any]", shard: Shard, parent: int) -> Non
         with sending, contextlib.suppress(OSError):
             connection.send(Reply(number, value, error))
 
-    while os.getppid() == parent:
-        if not connection.poll(_LOOK_UP_S):
-            continue
+    while launcher not in wait([connection, launcher]):
         request: Request = connection.recv()
         shard.handle(request.body, partial(reply, request.number))
