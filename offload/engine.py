@@ -166,6 +166,11 @@ class Engine:
         return self._num_users > 0
 
     @property
+    def is_shared(self) -> bool:
+        """Whether several caches hold on to the engine."""
+        return self._num_users > 1
+
+    @property
     def device_pool(self) -> MemoryTier | None:
         """The device tier, if there is one."""
         first = self.tiers[0]

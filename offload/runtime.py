@@ -181,8 +181,9 @@ class Runtime:
                 for kept in (self.engine.retrieval, self.engine.in_place):
                     if kept is not None:
                         kept.forget(id(self))
-                for sequence in self.layers.values():
-                    sequence.close()
+                if self.engine.is_shared:  # else everything goes at once with the tiers
+                    for sequence in self.layers.values():
+                        sequence.close()
             finally:
                 self.engine.release(id(self))
 

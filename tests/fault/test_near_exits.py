@@ -107,7 +107,9 @@ def test_launcher_that_is_killed_takes_its_workers_along_and_all_come_back(
     wait_gone([launcher._process.pid])
 
 
-def test_interrupt_ends_no_worker_and_exit_amid_of_a_call_ends_all(tmp_path: Path) -> None:
+def test_interrupt_and_exit_of_a_fork_end_no_worker_and_exit_amid_of_a_call_ends_all(
+    tmp_path: Path,
+) -> None:
     with started(tmp_path, "interrupt") as owner:
         pids = owner.hear()
         os.killpg(owner.process.pid, signal.SIGINT)

@@ -101,7 +101,7 @@ def ask(
 
 
 @given(case=cases())
-@settings(max_examples=20)
+@settings(max_examples=15)
 def test_dense_attention_of_any_rows_is_exact_attention(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder, closing(case.open(Path(folder))) as disk:
         held, query = fill(disk, 1, NUM_CHUNKS), case.query()
@@ -145,7 +145,7 @@ def test_sparf_of_all_channels_and_all_tokens_is_exact_attention(case: Case) -> 
     channels=st.integers(1, 64),
     num_groups=st.integers(1, 4),
 )
-@settings(max_examples=12)
+@settings(max_examples=10)
 def test_sparf_reads_what_the_definition_says(case: Case, channels: int, num_groups: int) -> None:
     how = SparF(channels, num_groups * GROUP_TOKENS, GROUP_TOKENS)
     with (

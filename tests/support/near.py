@@ -5,7 +5,7 @@ import select
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from offload.tiers.near.messages import Adopt, Ask
 from offload.tiers.near.place import places
 from offload.tiers.near.settings import NearSettings
 from offload.tiers.pool import as_chunk, page_aligned
-from offload.types import ChunkInfo, ChunkLayout, Partial, SlotId
+from offload.types import PAGE_BYTES, ChunkInfo, ChunkLayout, Partial, SlotId
 from tests.support.disk import WAIT_S
 
 LAYOUT = ChunkLayout(2, 64, 32, 32, torch.float32)
@@ -31,6 +31,9 @@ SCALE = LAYOUT.key_dim**-0.5
 IMPATIENT_S = 0.2
 GROUP_SIZE = 2
 """Query heads of a KV head."""
+
+HALF_RECORD = PAGE_BYTES + LAYOUT.slot_bytes // 2
+"""What each of two workers writes of a chunk."""
 
 
 @contextmanager
@@ -66,6 +69,15 @@ def make_near(
         fingerprint=b"model",
         deadline_s=deadline_s,
     )
+
+
+@contextmanager
+def two_workers(directory: Path) -> Iterator[NearDisk]:
+    """Open a tier with channels, a block of which is full after two chunks."""
+    opened = make_near(directory, num_paths=2, has_channels=True, block_tokens=128)
+    with closing(opened):
+        yield opened
+        opened.check_integrity()
 
 
 @dataclass(frozen=True, slots=True)

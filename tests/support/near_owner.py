@@ -42,7 +42,10 @@ def exit_amid(disk: NearDisk, held: Held) -> None:
 
 
 def interrupt(disk: NearDisk, held: Held) -> None:
-    """Wait for Ctrl-C, go on as if nothing was, and leave amid of something."""
+    """Outlive a fork's exit and a Ctrl-C, go on as if nothing was, and leave amid of something."""
+    if not os.fork():
+        sys.exit()
+    os.wait()
     try:
         say_pids(disk)
         signal.pause()

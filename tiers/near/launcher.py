@@ -31,7 +31,7 @@ def main(control_fd: int) -> None:
     # A fork of the parent may hold the other end of the control socket open.
     parent = os.pidfd_open(os.getppid())
     worker.warm_up()
-    while parent not in select.select([control, parent], [], [])[0]:
+    while parent not in select.select([control_fd, parent], [], [])[0]:
         message, fds, _, _ = socket.recv_fds(control, 1, 2)
         if not message:
             return
