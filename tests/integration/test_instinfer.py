@@ -113,6 +113,7 @@ def test_sparf_answers_questions_about_a_document_and_reads_a_part_of_it(tmp_pat
         disk_path=[tmp_path / "a", tmp_path / "b"],
     ) as cache:
         prefill(model, cache, torch.tensor([document.token_ids]), 1024, lambda count: None)
+        cache.flush()
         answers = []
         for fact in facts:
             with cache.fork() as fork:

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = ("kernels", "tiers", "index", "prefetch")
-SUBPACKAGES = ("bench", "evals", "sessions", "sparse")
+SUBPACKAGES = ("bench", "evals", "sessions", "sparse", "video")
 """Folders inside ``offload/`` itself."""
 NESTED = {"tiers": ("near",)}
 """Folders inside root folders; setuptools has to be told of each."""
@@ -61,10 +61,11 @@ HUGGING_FACE = {
     "recall_model",
     "resume",
     "support",
+    "video",
 }
 
 # Imported where they are found, and done without where they are not.
-OPTIONAL = {"llvmlite", "matplotlib", "numba", "triton"}
+OPTIONAL = {"PIL", "av", "llvmlite", "matplotlib", "numba", "triton"}
 
 MAX_LINES = 400
 MAX_MEDIAN_LINES = 150

@@ -1,0 +1,1 @@
+"""Streaming video QA: encode once, ask at any time, see the evidence."""
