@@ -63,6 +63,9 @@ class InPlace:
         if hidden is None or not is_plain(call) or num_queries > self.plan.max_queries:
             return None, range(0)
         size = self._store.layout.chunk_tokens
+        if self._how is not None:
+            # What is on its way down would be attended exactly, and answers depend on the moment.
+            self._store.drain()
         covered, slots = self._rows_on_disk(layer, -(-hidden // size))
         if not covered:
             return None, range(0)

@@ -60,8 +60,8 @@ def generate_in_turns(
 
     def run(ids: Tensor, mask: Tensor) -> Tensor:
         with open_cache() as cache:
-            found = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
-        assert isinstance(found, Tensor)
+            generate: Any = model.generate
+            found: Tensor = generate(ids, attention_mask=mask, past_key_values=cache, **options)
         return found
 
     with ThreadPoolExecutor(num_parts, thread_name_prefix="offload-part") as pool:

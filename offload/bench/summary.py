@@ -1,10 +1,10 @@
 """Turn what was seen of the contenders into rows."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from offload.bench.counters import Counts, hidden_share, hit_rate
+from offload.bench.counters import hidden_share, hit_rate
 from offload.bench.dense import DenseCache
 from offload.bench.drivers import Driver
 from offload.bench.limits import Bandwidths, Moved, least_seconds, typical
@@ -110,13 +110,13 @@ def bytes_moved(subject: Subject, driver: Driver) -> Moved:
     )
 
 
-def _from_disk(counts: Counts, steps: int) -> float | None:
+def _from_disk(counts: Mapping[str, float], steps: int) -> float | None:
     if "disk.loaded_bytes" not in counts:
         return None
     return (counts["disk.loaded_bytes"] + counts.get("near.read_bytes", 0.0)) / steps
 
 
-def _over_bus(counts: Counts, steps: int) -> float | None:
+def _over_bus(counts: Mapping[str, float], steps: int) -> float | None:
     if "near.asked_bytes" not in counts:
         return None
     crossed = ("asked", "answered", "written", "fetched")

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,13 +52,18 @@ class ChannelMachine(RuleBasedStateMachine):
 
     @rule(slots=SLOTS)
     def forget(self, slots: list[int]) -> None:
-        self.store.forget(slots)
-        self.held.difference_update(slots)
+        self._let_go(self.held.difference(slots), lambda: self.store.forget(slots))
 
     @rule(slots=SLOTS)
     def retain(self, slots: list[int]) -> None:
-        self.store.retain(slots)
-        self.held.intersection_update(slots)
+        self._let_go(self.held.intersection(slots), lambda: self.store.retain(slots))
+
+    def _let_go(self, alive: set[int], forget: Callable[[], None]) -> None:
+        """Forget; blocks that become too empty go, with what was alive in them."""
+        before = self.store.stats()["dropped"]
+        forget()
+        self.held = alive.intersection(self.store.slots)
+        assert self.store.stats()["dropped"] - before == len(alive) - len(self.held)
 
     @rule(slots=SLOTS, data=st.data())
     def find_and_read(self, slots: list[int], data: st.DataObject) -> None:
@@ -90,7 +96,7 @@ class ChannelMachine(RuleBasedStateMachine):
         self.open(self.memory_chunks)
         assert self.store.stats()["damaged"] == 0
         assert self.held.issubset(self.store.slots)
-        self.store.retain(self.held)  # what was dead in a living block is back
+        self._let_go(set(self.held), lambda: self.store.retain(self.held))  # dead ones are back
 
     @invariant()
     def nothing_is_lost_or_left(self) -> None:

@@ -18,6 +18,7 @@ from offload.tiers.near.records import Ints, ShardRecords
 from offload.tiers.near.scratch_memory import thread_memory
 from offload.tiers.near.sparf_settings import SparF
 from offload.tiers.pool import as_chunk
+from offload.tiers.read_meter import ReadMeter
 from offload.types import Partial, SlotId
 
 _READ_BYTES = 4 << 20
@@ -58,6 +59,9 @@ class ShardAttention:
         self._channels = channels
         self._ahead = ahead
         self._layout = records.layout
+        self._row_bytes = records.fmt.head_bytes // records.layout.chunk_tokens
+        self.meter = ReadMeter()
+        """What was read to attend, and not to be fetched."""
 
     def dense(self, query: Tensor, slots: Ints) -> Partial:
         """Attend to every token of some chunks.
@@ -79,6 +83,7 @@ class ShardAttention:
         """
         layout = self._layout
         parts = [empty_partial(query, layout.value_dim)]
+        self.meter.add(len(slots) * self._records.fmt.record_bytes, len(slots))
         for buffers in self._stream(slots):
             head_bytes = self._records.fmt.head_bytes
             first = np.array([buffer.data_ptr() for buffer in buffers])
@@ -111,6 +116,7 @@ class ShardAttention:
         heads = np.repeat(np.arange(len(chosen)), chosen.shape[1])
         chunk, inside = np.divmod(chosen.reshape(-1), size // group)
         places = self._records.read_groups(slots[chunk], heads, inside * group, group)
+        self.meter.add(len(places) * group * self._row_bytes, len(places))
         addresses = torch.from_numpy(places.reshape(chosen.shape))
         read = self._attend(query, addresses, group)
         mean = self._channels.means(row.found)
@@ -137,7 +143,7 @@ class ShardAttention:
                 return None
             try:
                 runs = self._channels.read(found, channels)
-                self._records.meter.add(runs.bytes_read, channels.size * len(runs.addresses))
+                self.meter.add(runs.bytes_read, channels.size * len(runs.addresses))
             except CorruptChunk:
                 continue  # the damaged block is gone; its chunks are copied once more
             return sparf.approximate(

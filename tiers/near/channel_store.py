@@ -209,7 +209,9 @@ class ChannelStore:
         return means
 
     def forget(self, slots: Collection[int]) -> None:
-        """Let go of dead chunks, and remove the blocks in which none is alive.
+        """Let go of dead chunks, and remove blocks of which a third or more is dead.
+
+        What was alive in them is missing from then on, and copied once more when it is looked for.
 
         Parameters
         ----------
@@ -223,7 +225,10 @@ class ChannelStore:
         """
         with self._table.lock:
             self._writer.check_open()
+            thin = self._table.thin(slots)
             dead = self._table.release(slots)
+            left = [block for block in thin if self._table.block(block.number) is not None]
+            dead += self._table.give_up(left)
         self._files.unlink(dead)
 
     def retain(self, slots: Collection[int]) -> None:

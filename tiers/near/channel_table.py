@@ -1,6 +1,7 @@
 """Where the codes of each chunk lie: blocks in files, and tails in memory. Bookkeeping, no I/O."""
 
 import threading
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
@@ -155,6 +156,20 @@ class ChannelTable:
         self._lost.update(slots)
         self.num_dropped += len(slots)
         return dead
+
+    def thin(self, slots: Collection[int]) -> list[Block]:
+        """Return the blocks of some chunks that would be too empty to keep without them.
+
+        So dead columns take at most half as much room as those that are alive.
+        """
+        places = [self._places.get(slot, _NOWHERE) for slot in slots]
+        dying = Counter(place >> COLUMN_BITS for place in places if place != _NOWHERE)
+        blocks = [(self._blocks[number], count) for number, count in dying.items()]
+        return [
+            block
+            for block, count in blocks
+            if 3 * (self._alive[block.number] - count) < 2 * len(block.slots)
+        ]
 
     def alive(self, block: Block) -> list[int]:
         """Return the slots that lie in a block."""

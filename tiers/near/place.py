@@ -35,10 +35,13 @@ class WorkerPlace:
 
     @property
     def channel_bytes(self) -> int:
-        """Most bytes that the channels of a chunk take up: codes, and its share of a header."""
+        """Most bytes that the channels of a chunk take up.
+
+        Codes, its share of a header, and half as much again for dead ones in the same block.
+        """
         layout = self.layout
         codes = layout.num_kv_heads * layout.key_dim * layout.chunk_tokens
-        return round_up(codes) + PAGE_BYTES
+        return round_up((round_up(codes) + PAGE_BYTES) * 3 // 2)
 
     def slot_cost(self, has_channels: bool) -> int:
         """Return the bytes that a chunk takes of the capacity here."""

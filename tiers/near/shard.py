@@ -103,7 +103,7 @@ class Shard:
         return counted
 
     def _fetched(self) -> Fetched:
-        return self._records.meter.fetched
+        return self._attention.meter.fetched
 
     def close(self) -> None:
         """End every thread. Files stay. Idempotent."""

@@ -10,10 +10,12 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import numpy as np
 import torch
 
 from offload.errors import OffloadError, StorageError
-from offload.kernels import dispatch
+from offload.kernels import dispatch, sparf
+from offload.kernels.xxh3 import checksums
 from offload.tiers.near.messages import Reply, Request, WorkerConfig
 from offload.tiers.near.shard import Shard
 from offload.tiers.near.shared_memory import SharedMemory
@@ -28,6 +30,17 @@ def warm_up() -> None:
     addresses = torch.tensor([[chunk.data_ptr()]])
     torch.set_num_threads(1)
     dispatch.attend_rows(query, addresses, layout.value_dim, layout.dtype, layout.chunk_tokens)
+    own = sparf.encode_channels(chunk[..., : layout.key_dim])
+    codes, scales = sparf.join_codes([own, own])
+    asked = query.numpy()
+    channels, coverage = sparf.choose_channels(asked, layout.key_dim)
+    places = np.arange(layout.key_dim)[None, None] * codes.shape[2] + codes.ctypes.data
+    first = np.zeros(2, np.int64)
+    found = sparf.approximate(
+        asked, channels, coverage, places, scales[None], first, np.arange(2), layout.chunk_tokens
+    )
+    sparf.choose_groups(found, layout.chunk_tokens, 1)
+    checksums(np.array([chunk.data_ptr()]), chunk.nbytes)
 
 
 def main(connection_fd: int, memory_fd: int) -> None:
