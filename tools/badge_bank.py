@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offload.video.badge_model import badge_pixels
 from offload.video.badge_world import COLOURS, NUM_BADGES, draw_badge, draw_idle, write_mp4
 from offload.video.types import Frame, Image
 
@@ -29,14 +28,14 @@ class Bank:
 
     Attributes
     ----------
-    pixels : Tensor, shape (num_frames, 3, 32, 32), float32
+    images : list of Image
         Badge ``b`` is in rows ``b * num_drawings`` to ``(b + 1) * num_drawings``.
     colours : Tensor, shape (NUM_BADGES * num_drawings,), int64
         Places in ``COLOURS``.
     num_drawings : int
     """
 
-    pixels: Tensor
+    images: list[Image]
     colours: Tensor
     num_drawings: int
 
@@ -65,7 +64,7 @@ def draw_bank(num_drawings: int, num_idle: int, seed: int) -> Bank:
         chosen = rows[part * share : (part + 1) * share]
         for row, image in zip(chosen, compress([images[row] for row in chosen], crf), strict=True):
             images[row] = image
-    return Bank(badge_pixels(images), torch.from_numpy(colours), num_drawings)
+    return Bank(images, torch.from_numpy(colours), num_drawings)
 
 
 def compress(images: Sequence[Image], crf: int) -> list[Image]:

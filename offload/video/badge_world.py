@@ -189,9 +189,7 @@ def write_mp4(path: Path, frames: Iterable[Frame], fps: int = 1, crf: int = 23) 
         container.mux(stream.encode())
 
 
-def _draw_stream(
-    num_frames: int, shown: dict[int, tuple[int, str]], seed: int
-) -> Iterator[Frame]:
+def _draw_stream(num_frames: int, shown: dict[int, tuple[int, str]], seed: int) -> Iterator[Frame]:
     for time_s in range(num_frames):
         rng = np.random.default_rng((seed, time_s))
         image = draw_badge(*shown[time_s], rng) if time_s in shown else draw_idle(rng)

@@ -82,6 +82,8 @@ class WorkerLink:
         self._sending = threading.RLock()
         """Guards the process, its connection and what it knows."""
         self._closed = False
+        self._lost: str | None = None
+        """Why there is no process any more."""
         self._is_late = False
         """Whether the process is ended for not answering."""
         self._known: Known = {}
@@ -127,6 +129,8 @@ class WorkerLink:
         with self._lock:
             if self._closed:
                 raise ClosedError(f"{what}: the disk tier is closed")
+            if self._lost is not None:
+                raise StorageError(f"{what}: {self._lost}")
             number = next(self._numbers)
             self._pending[number] = pending
         with self._sending:
@@ -172,9 +176,10 @@ class WorkerLink:
                 self._revive()
             except Exception as error:  # without a worker, whoever waits must be told
                 _LOG.exception("cannot restart %s", self.config.name)
+                reason = f"cannot restart {self.config.name}: {error}"
                 with self._lock:
-                    self._closed = True
-                self._fail_all(StorageError, f"cannot restart {self.config.name}: {error}")
+                    self._lost = reason
+                self._fail_all(StorageError, reason)
                 return
 
     def _next_reply(self) -> Reply | None:
