@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import torch
 
 from offload.errors import CapacityError
+from offload.exchange import BUFFERS_EACH, open_exchange
 from offload.loader import StagingLoader
 from offload.pipeline_control import PipelineControl
 from offload.pipeline_start import open_control
+from offload.placement import FIRST
 from offload.prefetch.stream import ChunkStream
 from offload.presets import Preset
+from offload.sparse.importance import ImportanceWatch
 from offload.sparse.retrieval import Retrieval
 from offload.sparse.row_plan import RowMemory
 from offload.sparse.row_reader import RowReader
@@ -18,6 +21,7 @@ from offload.stats import Counters, RowStats
 from offload.store import ChunkStore
 from offload.tiers.base import Tier
 from offload.tiers.codec_choice import CodecChoice
+from offload.tiers.codec_importance import UNKNOWN, CodecByImportance
 from offload.tiers.codec_ladder import find_codec
 from offload.tiers.disk import DiskTier
 from offload.tiers.faults import FaultPlan
@@ -27,10 +31,13 @@ from offload.tiers.pinned import PinnedRegion
 from offload.tiers.pool import page_aligned
 from offload.tiers.scratch import ScratchDir
 from offload.types import ChunkLayout
-from offload.working_set import WorkingSet, plan_row_memory, plan_working_set
+from offload.working_set import MOST_EXCHANGES, WorkingSet, plan_row_memory, plan_working_set
 
 AUTO = "auto"
 """A codec: whatever the model of the pipeline says."""
+
+BY_IMPORTANCE = "importance"
+"""A codec: the fewer bits, the less attention a chunk has got."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,9 @@ class EngineConfig:
     faults : FaultPlan or None
         What the disk tier is to suffer, to try out a failing disk.
     codec : str
-        How the disk tier stores chunks: a name of ``codec_ladder``, or ``AUTO``.
+        How the disk tier stores chunks: a name of ``codec_ladder``, ``AUTO`` or ``BY_IMPORTANCE``.
+    placement : str
+        A name of ``PLACEMENTS``.
     """
 
     capacities: dict[str, int]
@@ -60,6 +69,7 @@ class EngineConfig:
     deadline_s: float = 120.0
     faults: FaultPlan | None = None
     codec: str = "raw"
+    placement: str = FIRST
 
 
 class Engine:
@@ -101,8 +111,9 @@ class Engine:
         self._num_layers = num_layers
         self.disk: DiskTier | None = None
         """The disk tier, if there is one: it can adopt the records of saved sessions."""
-        codec = find_codec("raw" if config.codec == AUTO else config.codec)
-        self._codecs = CodecChoice(layout.chunk_tokens, codec)
+        fixed = {AUTO: "raw", BY_IMPORTANCE: UNKNOWN}.get(config.codec, config.codec)
+        self._codecs = CodecChoice(layout.chunk_tokens, find_codec(fixed))
+        self._importance = CodecByImportance() if config.codec == BY_IMPORTANCE else None
         self.tiers = self._build_tiers(sizes, tail_bytes)
         try:
             self._open(sizes)
@@ -128,6 +139,8 @@ class Engine:
         self._peaks = [0] * len(self.tiers)
         self.pipeline = self._open_pipeline()
         self.rows = self._open_rows()
+        self.exchange = open_exchange(config.placement, self.store, sizes.num_exchanges)
+        reports = [each for each in (self._importance, self.exchange) if each is not None]
         sparse = config.preset.sparse
         self.retrieval = (
             None
@@ -139,6 +152,7 @@ class Engine:
                 sparse,
                 config.preset.rows.max_wait_s,
                 None if config.scratch is None else config.scratch.path,
+                ImportanceWatch(layout, [each.observe for each in reports]) if reports else None,
             )
         )
         self._open_staging(sizes)
@@ -197,6 +211,19 @@ class Engine:
             read_s=0.0 if self.disk is None else self.disk.reading.total_s,
         )
 
+    def settle(self) -> None:
+        """Wait for what goes on between the tiers in the background, but for stores.
+
+        Raises
+        ------
+        TransferTimeout
+            A transfer has missed the deadline.
+        """
+        if self.exchange is not None:
+            self.exchange.settle()
+        if self.rows is not None:
+            self.rows.settle()
+
     def acquire(self) -> None:
         """Note one more user; ``release`` of the last one closes the engine."""
         self._num_users += 1
@@ -233,6 +260,7 @@ class Engine:
                 if self.retrieval is not None:
                     self.retrieval.close()
                 self.loader.close()
+                self.settle()
                 if self.rows is not None:
                     self.rows.close()
             finally:
@@ -270,6 +298,7 @@ class Engine:
             self.layout.slot_bytes,
             tail_bytes,
             batch,
+            num_exchanges=0 if self.config.placement == FIRST else MOST_EXCHANGES,
         )
 
     def _open_staging(self, sizes: WorkingSet) -> None:
@@ -325,7 +354,8 @@ class Engine:
             tiers.append(self._memory_tier("gpu", pool, self.device))
         if "cpu" in capacities:
             if "disk" in capacities:
-                self._host_extra_bytes = sizes.num_write_buffers * layout.slot_bytes
+                buffers = sizes.num_write_buffers + BUFFERS_EACH * sizes.num_exchanges
+                self._host_extra_bytes = buffers * layout.slot_bytes
             if self.device.type == "cuda":
                 self._host_extra_bytes += staging  # the page-locked mirror
             spare = max(0, capacities["cpu"] - self._host_extra_bytes)
@@ -342,7 +372,7 @@ class Engine:
                 capacity_bytes=capacities["disk"],
                 layout=layout,
                 deadline_s=self.config.deadline_s,
-                choose_codec=self._codecs,
+                choose_codec=self._importance or self._codecs,
             )
             faults = self.config.faults
             tiers.append(self.disk if faults is None else FaultyTier(self.disk, faults))
