@@ -11,7 +11,7 @@ from offload.exchange_choice import ExchangeChoice, Match
 from offload.placement import FIRST, make_ranking
 from offload.store import ChunkStore
 from offload.tiers.base import ReadsParts
-from offload.tiers.eviction import EvictionPolicy
+from offload.tiers.eviction import Ranking
 from offload.tiers.memory import MemoryTier
 from offload.tiers.pool import page_aligned
 from offload.tiers.transfer import Transfer
@@ -59,15 +59,13 @@ class ChunkExchange:
     ----------
     store : ChunkStore
         Its last tier reads parts.
-    rankings : mapping of int to EvictionPolicy
+    rankings : mapping of int to Ranking
         See ``ExchangeChoice``.
     buffers : Tensor, uint8 [num_exchanges, 2, slot_bytes]
         Page-aligned host memory. As many exchanges are under way at a time, at most.
     """
 
-    def __init__(
-        self, store: ChunkStore, rankings: Mapping[int, EvictionPolicy], buffers: Tensor
-    ) -> None:
+    def __init__(self, store: ChunkStore, rankings: Mapping[int, Ranking], buffers: Tensor) -> None:
         disk = store.tiers[-1]
         assert isinstance(disk, ReadsParts)
         self._store = store

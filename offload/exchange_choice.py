@@ -5,11 +5,11 @@ from heapq import nlargest
 from typing import Final, NamedTuple
 
 from offload.store import ChunkStore
-from offload.tiers.eviction import EvictionPolicy
+from offload.tiers.eviction import Ranking
 from offload.types import ChunkId
 
 _MARGIN: Final = 16
-"""One in so many of a tier's chunks has to be worth less than what comes up."""
+"""A newcomer is worth no less than one in so many of a tier's chunks."""
 
 _REST: Final = 4
 """Rounds in which a chunk that has moved, or could not, stays where it is."""
@@ -31,8 +31,8 @@ class Match(NamedTuple):
 class ExchangeChoice:
     """Ranks the chunks of the memory tiers against those that were read from the disk.
 
-    So that chunks do not go to and fro, a newcomer has to be worth more than the least sixteenth of
-    a tier, of which the least leaves, and whoever has moved rests for some rounds.
+    So that chunks do not go to and fro, a newcomer has to be worth more than the one that leaves
+    and no less than a sixteenth of the tier, and whoever has moved rests for some rounds.
 
     Only the thread that holds the engine's lock calls methods.
 
@@ -40,11 +40,11 @@ class ExchangeChoice:
     ----------
     store : ChunkStore
         Is looked at only.
-    rankings : mapping of int to EvictionPolicy
+    rankings : mapping of int to Ranking
         By level, of memory tiers. They follow the chunks that move by themselves.
     """
 
-    def __init__(self, store: ChunkStore, rankings: Mapping[int, EvictionPolicy]) -> None:
+    def __init__(self, store: ChunkStore, rankings: Mapping[int, Ranking]) -> None:
         self._store = store
         self._bottom = len(store.tiers) - 1
         self._rankings = dict(sorted(rankings.items()))
@@ -99,18 +99,15 @@ class ExchangeChoice:
         self, level: int, newcomers: Sequence[ChunkId], excluded: Collection[ChunkId]
     ) -> list[Match]:
         """Return which newcomers are worth more than whom, by a margin."""
-        if not newcomers:
-            return []
         tier, ranking = self._store.tiers[level], self._rankings[level]
         margin = (tier.num_slots - tier.num_free) // _MARGIN
-        for chunk in newcomers:
-            ranking.insert(chunk)
-        least = ranking.victims(len(newcomers) + margin, set(excluded).difference(newcomers))
-        for chunk in newcomers:
-            ranking.remove(chunk)
-        winners = [chunk for chunk in newcomers if chunk not in least]
-        leavers = [chunk for chunk in least if chunk not in newcomers]
-        return [Match(level, *pair) for pair in zip(winners, leavers, strict=False)]
+        least = ranking.victims(len(newcomers) + margin, excluded)
+        ranked = sorted(newcomers, key=ranking.worth, reverse=True)
+        return [
+            Match(level, newcomer, leaver)
+            for newcomer, leaver, other in zip(ranked, least, least[margin:], strict=False)
+            if ranking.worth(leaver) < ranking.worth(newcomer) >= ranking.worth(other)
+        ]
 
     def _is_below(self, chunk: ChunkId) -> bool:
         """Whether a chunk lies on the disk only."""

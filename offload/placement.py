@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from offload.errors import ConfigError
-from offload.tiers.eviction import EvictionPolicy, LeastRecentlyUsed
+from offload.tiers.eviction import LeastRecentlyUsed, Ranking
 from offload.tiers.eviction_cumulative import LeastCumulativeMass
 from offload.tiers.eviction_layers import ByLayer
 from offload.tiers.eviction_mass import LeastMass
@@ -16,7 +16,7 @@ FIRST = "first"
 
 LayerOf = Callable[[ChunkId], int]
 
-_RANKINGS: Mapping[str, Callable[[LayerOf], EvictionPolicy]] = MappingProxyType(
+_RANKINGS: Mapping[str, Callable[[LayerOf], Ranking]] = MappingProxyType(
     {
         "recent": lambda layer_of: LeastRecentlyUsed(),
         "mass": lambda layer_of: LeastMass(),
@@ -36,7 +36,7 @@ def check_placement(name: object) -> str:
     raise ConfigError(f"unknown placement {name!r}; known: {', '.join(PLACEMENTS)}")
 
 
-def make_ranking(name: str, layer_of: LayerOf) -> EvictionPolicy:
+def make_ranking(name: str, layer_of: LayerOf) -> Ranking:
     """Return what ranks the chunks of one memory tier.
 
     Parameters

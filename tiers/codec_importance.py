@@ -58,8 +58,9 @@ class CodecByImportance:
     def __call__(self, info: ChunkInfo) -> Codec | None:
         """Return the codec of a chunk; None: raw."""
         with self._lock:
-            if not info.chunk_id < len(self._averages):
+            if info.chunk_id >= len(self._averages):
                 return find_codec(UNKNOWN)
-            rank = int(np.searchsorted(self._cuts, self._averages[info.chunk_id]))
-        name = _LADDER[rank]
+            average = self._averages[info.chunk_id]
+            rank = int(np.searchsorted(self._cuts, average, side="right"))
+        name = _LADDER[rank if average > _NOTHING else 0]
         return None if name is None else find_codec(name)

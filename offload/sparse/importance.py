@@ -1,5 +1,6 @@
 """How much attention each chunk gets in a step, for those who place chunks by it."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -34,7 +35,7 @@ class _Steps:
         What it reads whole, whatever is asked.
     """
 
-    last_layer: int = -1
+    last_layer: int = sys.maxsize
     number: int = 0
     is_measured: bool = False
     masses: dict[ChunkId, float] = field(default_factory=dict)
