@@ -59,7 +59,8 @@ def add(watch: ImportanceWatch, ids: Tensor) -> Tensor:
     kept = torch.zeros_like(shares, dtype=torch.bool)
     for head, tokens in enumerate(ids):
         kept[head, tokens[tokens >= 0]] = True
-    return (shares * kept).mean(0).unflatten(0, (-1, LAYOUT.chunk_tokens)).sum(-1)
+    by_chunk: Tensor = (shares * kept).mean(0).unflatten(0, (-1, LAYOUT.chunk_tokens))
+    return by_chunk.sum(-1)
 
 
 def test_masses_are_the_shares_of_attention_of_what_was_read(reports: Reports) -> None:
