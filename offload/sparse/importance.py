@@ -16,6 +16,9 @@ from offload.types import ChunkId, ChunkLayout
 _EVERY: Final = 4
 """Steps of a cache or fork, of which one is measured."""
 
+_MOST_ROWS: Final = 256
+"""Rows of a head that are looked at: of more, every second, third and so on stands for all."""
+
 
 @dataclass(slots=True)
 class _Steps:
@@ -46,7 +49,8 @@ class ImportanceWatch:
     """Measures the attention of one step in four, and reports it before the next one begins.
 
     The mass of a chunk is the share of a layer's attention that went to those of its tokens that
-    were read, a mean over heads, rows and positions. Chunks that a layer reads whole count as much
+    were read, a mean over heads, rows and positions; where many were read, as a sample of them has
+    it. Chunks that a layer reads whole count as much
     as the one that got most. A step begins when the first of a cache's layers is asked again.
 
     Only the thread that holds the engine's lock calls methods.
@@ -56,13 +60,19 @@ class ImportanceWatch:
     layout : ChunkLayout
     reports : sequence of callable
         Each gets the masses of a step, while no address of a chunk is in use.
+    most_rows : int
+        Of a head, row and position, that are looked at; others the next time.
     """
 
     def __init__(
-        self, layout: ChunkLayout, reports: Sequence[Callable[[Mapping[ChunkId, float]], object]]
+        self,
+        layout: ChunkLayout,
+        reports: Sequence[Callable[[Mapping[ChunkId, float]], object]],
+        most_rows: int = _MOST_ROWS,
     ) -> None:
         self._layout = layout
         self._reports = reports
+        self._most_rows = most_rows
         self._steps: dict[int, _Steps] = {}
         self._now = _Steps()
         self._weight = 1.0
@@ -117,10 +127,13 @@ class ImportanceWatch:
         steps, layout = self._now, self._layout
         if not steps.is_measured:
             return
+        stride = -(-ids.shape[1] // self._most_rows)
+        sample = slice(steps.number // _EVERY % stride, None, stride) if stride else slice(0)
+        ids, addresses = ids[:, sample].contiguous(), addresses[:, sample].contiguous()
         keys = dispatch.read_rows(addresses, layout.key_dim, layout.dtype).float()
         shares = torch.exp(query @ keys.mT - lse.unsqueeze(-1)).mean(1)
         found = addresses != 0
-        weights = (shares[found] * (self._weight / len(addresses))).cpu().numpy()
+        weights = (shares[found] * (stride * self._weight / len(addresses))).cpu().numpy()
         positions = ids[found].cpu().numpy() // layout.chunk_tokens
         masses = np.bincount(positions, weights, minlength=len(run.chunks))
         for position in masses.nonzero()[0].tolist():

@@ -20,9 +20,9 @@ EVERY = 4
 class Reports(list[Mapping[ChunkId, float]]):
     """Every step that was reported, and the watch that did it."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_rows: int = NUM_TOKENS) -> None:
         super().__init__()
-        self.watch = ImportanceWatch(LAYOUT, [self.append])
+        self.watch = ImportanceWatch(LAYOUT, [self.append], most_rows)
 
     def begin_measured(self, owner: int = OWNER, layers: int = 1) -> None:
         """Go on to the next step that is measured, and begin its first layer."""
@@ -79,6 +79,25 @@ def test_masses_of_everything_add_up_to_one(reports: Reports) -> None:
     add(reports.watch, torch.arange(NUM_TOKENS).expand(2, -1))
     reports.watch.begin(OWNER, 0, 1)
     assert sum(reports[0].values()) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("most_rows", [1, 7, 16, 31])
+def test_samples_of_many_rows_make_up_all_of_them_in_turn(most_rows: int) -> None:
+    reports, ids = Reports(most_rows), torch.arange(NUM_TOKENS).expand(2, -1)
+    num_samples = -(-NUM_TOKENS // most_rows)
+    for _ in range(EVERY * num_samples + 1):
+        reports.watch.begin(OWNER, 0, 1)
+        expected = add(reports.watch, ids)
+    for position, chunk in enumerate(CHUNKS):
+        found = sum(masses.get(chunk, 0.0) for masses in reports) / num_samples
+        assert found == pytest.approx(float(expected[position]), rel=1e-5)
+
+
+def test_step_that_read_nothing_has_no_masses(reports: Reports) -> None:
+    reports.begin_measured()
+    add(reports.watch, torch.empty(2, 0, dtype=torch.int64))
+    reports.watch.begin(OWNER, 0, 1)
+    assert reports == [{}]
 
 
 def test_masses_are_means_over_rows_and_positions(reports: Reports) -> None:
