@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks.placement_replay import Farthest, Tally, Tiers, Trace, mean_tally, replay
 from offload.bench.contexts import make_context
 from offload.bench.shapes import ModelShape
-from offload.tiers.eviction import EvictionPolicy, LeastRecentlyUsed
+from offload.tiers.eviction import LeastRecentlyUsed, Ranking
 from offload.tiers.eviction_admission import SecondHit
 from offload.tiers.eviction_cumulative import LeastCumulativeMass
 from offload.tiers.eviction_layers import ByLayer
@@ -43,7 +43,7 @@ LEAST_SHARE = 0.25
 
 _PIECE = 16
 
-POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
+POLICIES: dict[str, Callable[[], Ranking]] = {
     "LRU": LeastRecentlyUsed,
     "H2O, cumulative mass": LeastCumulativeMass,
     "mass, moving average": LeastMass,

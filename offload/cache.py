@@ -19,7 +19,7 @@ from offload.session_link import SessionLink
 from offload.sessions.listing import SessionInfo
 from offload.sessions.store import SessionStore
 from offload.settings import CacheOptions, check_settings
-from offload.stats import CacheStats, TierStats
+from offload.stats import CacheStats
 from offload.support import check_model_config, latent_dims
 
 
@@ -53,6 +53,10 @@ class OffloadedCache(Cache):
         How the disk stores keys and values: ``"raw"``, the lossless ``"bf16x"``, or ``"int8"``,
         ``"fp8"``, ``"kivi4"``, ``"kivi2"`` (``docs/codecs.md``); ``"auto"`` measures the disk and
         encodes as much as makes reading faster, without loss for a policy that reads everything.
+        ``"importance"``: chunks that leave memory in the fewer bits, the less they matter.
+    placement : str
+        ``"first"``: chunks stay in the tier they were put in. ``"mass"`` and others, for sparse
+        policies: those that get attention come up from the disk (``docs/placement.md``).
     capacity : mapping of str to int or str, optional
         Hard limit per tier, such as ``{"gpu": "2GiB", "cpu": "8GiB", "disk": "200GiB"}``. Tiers
         that are not named get a share of what is free, never more than half.
@@ -79,13 +83,23 @@ class OffloadedCache(Cache):
         error: float | None = None,
         max_wait_us: float | None = None,
         codec: str = "raw",
+        placement: str = "first",
         capacity: Mapping[str, int | str] | None = None,
         disk_path: str | Path | Sequence[str | Path] | None = None,
         chunk_tokens: int = 64,
         config: Any = None,
     ) -> None:
         settings = check_settings(
-            tiers, policy, capacity, disk_path, chunk_tokens, budget, error, max_wait_us, codec
+            tiers,
+            policy,
+            capacity,
+            disk_path,
+            chunk_tokens,
+            budget,
+            error,
+            max_wait_us,
+            codec,
+            placement,
         )
         self._adopt(CacheCore(settings), [])
         if config is not None:
@@ -168,12 +182,7 @@ class OffloadedCache(Cache):
 
     def stats(self) -> CacheStats:
         """Return bytes per tier, what moved, and how long the model waited."""
-        found = self._core.stats()
-        if found is not None:
-            return found
-        capacities = self._core.config.capacities
-        empty = {name: TierStats(0, 0, size, 0, 0, 0) for name, size in capacities.items()}
-        return CacheStats(empty, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0, 0)
+        return self._core.stats()
 
     @property
     def disk_folder(self) -> Path | None:
@@ -261,7 +270,7 @@ class OffloadedCache(Cache):
         weights_id : str, optional
             As for ``save``.
         **options
-            As for the class: ``policy, budget, error, max_wait_us, codec, capacity, disk_path``.
+            As for the class; all but ``tiers``, ``chunk_tokens`` and ``config``.
 
         Raises
         ------

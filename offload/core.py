@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offload.engine import Engine, EngineConfig
+from offload.engine import Engine
+from offload.engine_config import EngineConfig
 from offload.errors import ClosedError, ConfigError, CorruptChunk
 from offload.exact import AttentionCall
 from offload.runtime import Runtime
 from offload.sequence import Appended
 from offload.session_link import SessionLink
-from offload.stats import CacheStats
+from offload.stats import CacheStats, TierStats
 from offload.types import ChunkLayout
 
 
@@ -112,9 +113,13 @@ class CacheCore:
             return 0
         return self.runtime.layers[layer].num_tokens
 
-    def stats(self) -> CacheStats | None:
-        """Return the runtime's statistics; None before the first token."""
-        return None if self.runtime is None else self.runtime.stats()
+    def stats(self) -> CacheStats:
+        """Return the runtime's statistics; before the first token, those of empty tiers."""
+        if self.runtime is not None:
+            return self.runtime.stats()
+        capacities = self.config.capacities
+        empty = {name: TierStats(0, 0, size, 0, 0, 0) for name, size in capacities.items()}
+        return CacheStats(empty, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0, 0)
 
     def flush(self) -> None:
         """Wait for every store in flight."""

@@ -1,17 +1,19 @@
 """What the forks of one cache share: tiers, store, staging, and the device memory they divide."""
 
 import threading
-from dataclasses import dataclass
 
 import torch
 
+from offload.engine_config import AUTO, BY_IMPORTANCE, EngineConfig
 from offload.errors import CapacityError
+from offload.exchange import BUFFERS_EACH, open_exchange
 from offload.in_place import InPlace
 from offload.loader import StagingLoader
 from offload.pipeline_control import PipelineControl
 from offload.pipeline_start import open_control
+from offload.placement import FIRST
 from offload.prefetch.stream import ChunkStream
-from offload.presets import Preset
+from offload.sparse.importance import ImportanceWatch
 from offload.sparse.retrieval import Retrieval
 from offload.sparse.row_plan import RowMemory
 from offload.sparse.row_reader import RowReader
@@ -19,58 +21,16 @@ from offload.stats import Counters, RowStats
 from offload.store import ChunkStore
 from offload.tiers.base import Tier
 from offload.tiers.codec_choice import CodecChoice
+from offload.tiers.codec_importance import UNKNOWN, CodecByImportance
 from offload.tiers.codec_ladder import find_codec
 from offload.tiers.disk import DiskTier
-from offload.tiers.faults import FaultPlan
 from offload.tiers.faulty import FaultyTier
 from offload.tiers.memory import MemoryTier
 from offload.tiers.near.disk import NearDisk
 from offload.tiers.pinned import PinnedRegion
 from offload.tiers.pool import page_aligned
-from offload.tiers.scratch import ScratchDir
 from offload.types import ChunkLayout
-from offload.working_set import WorkingSet, plan_row_memory, plan_working_set
-
-AUTO = "auto"
-"""A codec: whatever the model of the pipeline says."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """What an engine is built from.
-
-    Attributes
-    ----------
-    capacities : dict of str to int
-        Bytes of each tier, fastest first: an ordered subset of ``gpu``, ``cpu``, ``disk``.
-    preset : Preset
-    chunk_tokens : int
-    scratch : ScratchDir or None
-        Where the disk tier writes.
-    more_scratch : tuple of ScratchDir
-        On further disks, among which a preset that attends beside them divides the heads.
-    deadline_s : float
-        Longest wait for one transfer.
-    faults : FaultPlan or None
-        What the disk tier is to suffer, to try out a failing disk.
-    codec : str
-        How the disk tier stores chunks: a name of ``codec_ladder``, or ``AUTO``.
-    """
-
-    capacities: dict[str, int]
-    preset: Preset
-    chunk_tokens: int
-    scratch: ScratchDir | None
-    deadline_s: float = 120.0
-    faults: FaultPlan | None = None
-    codec: str = "raw"
-    more_scratch: tuple[ScratchDir, ...] = ()
-
-    def close_scratch(self) -> None:
-        """Remove the folders of the disk tier."""
-        for scratch in (self.scratch, *self.more_scratch):
-            if scratch is not None:
-                scratch.close()
+from offload.working_set import MOST_EXCHANGES, WorkingSet, plan_row_memory, plan_working_set
 
 
 class Engine:
@@ -112,8 +72,9 @@ class Engine:
         self._num_layers = num_layers
         self.disk: DiskTier | None = None
         """The disk tier, if there is one: it can adopt the records of saved sessions."""
-        codec = find_codec("raw" if config.codec == AUTO else config.codec)
-        self._codecs = CodecChoice(layout.chunk_tokens, codec)
+        fixed = {AUTO: "raw", BY_IMPORTANCE: UNKNOWN}.get(config.codec, config.codec)
+        self._codecs = CodecChoice(layout.chunk_tokens, find_codec(fixed))
+        self._importance = CodecByImportance() if config.codec == BY_IMPORTANCE else None
         self.near: NearDisk | None = None
         """The disk tier, if it attends."""
         self.in_place: InPlace | None = None
@@ -145,6 +106,8 @@ class Engine:
         if self.near is not None:
             assert config.preset.near is not None
             self.in_place = InPlace(self.store, self.near, config.preset.near, config.deadline_s)
+        self.exchange = open_exchange(config.placement, self.store, sizes.num_exchanges)
+        reports = [each for each in (self._importance, self.exchange) if each is not None]
         sparse = config.preset.sparse
         self.retrieval = (
             None
@@ -156,6 +119,7 @@ class Engine:
                 sparse,
                 config.preset.rows.max_wait_s,
                 None if config.scratch is None else config.scratch.path,
+                ImportanceWatch(layout, [each.observe for each in reports]) if reports else None,
             )
         )
         self._open_staging(sizes)
@@ -219,6 +183,19 @@ class Engine:
             read_s=0.0 if self.disk is None else self.disk.reading.total_s,
         )
 
+    def settle(self) -> None:
+        """Wait for what goes on between the tiers in the background, but for stores.
+
+        Raises
+        ------
+        TransferTimeout
+            A transfer has missed the deadline.
+        """
+        if self.exchange is not None:
+            self.exchange.settle()
+        if self.rows is not None:
+            self.rows.settle()
+
     def acquire(self) -> None:
         """Note one more user; ``release`` of the last one closes the engine."""
         self._num_users += 1
@@ -255,6 +232,7 @@ class Engine:
                 if self.retrieval is not None:
                     self.retrieval.close()
                 self.loader.close()
+                self.settle()
                 if self.rows is not None:
                     self.rows.close()
             finally:
@@ -292,6 +270,7 @@ class Engine:
             self.layout.slot_bytes,
             tail_bytes,
             batch,
+            num_exchanges=0 if self.config.placement == FIRST else MOST_EXCHANGES,
         )
 
     def _open_staging(self, sizes: WorkingSet) -> None:
@@ -347,7 +326,8 @@ class Engine:
             tiers.append(self._memory_tier("gpu", pool, self.device))
         if "cpu" in capacities:
             if "disk" in capacities:
-                self._host_extra_bytes = sizes.num_write_buffers * layout.slot_bytes
+                buffers = sizes.num_write_buffers + BUFFERS_EACH * sizes.num_exchanges
+                self._host_extra_bytes = buffers * layout.slot_bytes
             if self.device.type == "cuda":
                 self._host_extra_bytes += staging  # the page-locked mirror
             spare = max(0, capacities["cpu"] - self._host_extra_bytes)
@@ -379,7 +359,7 @@ class Engine:
             capacity_bytes=config.capacities["disk"],
             layout=self.layout,
             deadline_s=config.deadline_s,
-            choose_codec=self._codecs,
+            choose_codec=self._importance or self._codecs,
         )
         return self.disk if config.faults is None else FaultyTier(self.disk, config.faults)
 

@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from offload.exact import AttentionCall
 from offload.near_plan import NearPlan
-from offload.sparse.retrieval import Layer, hidden_tokens, is_plain
+from offload.sparse.calls import hidden_tokens, is_plain
+from offload.sparse.retrieval import Layer
 from offload.store import ChunkStore
 from offload.tiers.near.call import NearCall
 from offload.tiers.near.disk import NearDisk

@@ -58,6 +58,8 @@ def movement_rows(stats: CacheStats) -> list[tuple[str, str]]:
         ("failed, unneeded stores", f"{stats.failed_stores}, {stats.unneeded_failures}"),
         ("rescued from them", f"{stats.rescued_chunks} chunks"),
     ]
+    if stats.failed_exchanges:
+        rows.append(("failed exchanges", f"{stats.failed_exchanges} chunks"))
     if stats.covered_tokens:
         share = stats.retrieved_tokens / stats.covered_tokens
         errors = f"{stats.error_median:.2g}, {stats.error_p95:.2g}" if stats.num_checks else "–"

@@ -68,8 +68,7 @@ class Runtime:
             except CapacityError:
                 # Loads on a wrong guess may be all that keeps some chunks alive.
                 self.engine.stream.drain()
-                if self.engine.rows is not None:
-                    self.engine.rows.settle()
+                self.engine.settle()
                 return sequence.append(keys, values)
 
     def attend(self, index: int, call: AttentionCall, appended: Appended) -> Tensor:
@@ -160,6 +159,7 @@ class Runtime:
         """Raise AssertionError if tiers, table and row lists disagree. Without forks only."""
         if self.engine.retrieval is not None:
             self.engine.retrieval.settle()
+        self.engine.settle()
         self.engine.store.check_integrity()
         table, counted = self.engine.store.table, dict.fromkeys(self.engine.store.table, 0)
         for sequence in self.layers.values():
@@ -299,6 +299,7 @@ def _collect(runtime: Runtime) -> CacheStats:
         rows=engine.row_stats(),
         pipeline=None if engine.pipeline is None else engine.pipeline.stats(),
         near=None if engine.in_place is None else engine.in_place.stats(),
+        failed_exchanges=counters.failed_exchanges,
         failed_stores=counters.failed_stores,
         unneeded_failures=counters.unneeded_failures,
         rescued_chunks=counters.rescued_chunks,

@@ -8,9 +8,10 @@ from typing import Any, TypedDict
 import torch
 
 from offload.config import parse_size
-from offload.engine import AUTO, EngineConfig
+from offload.engine_config import AUTO, BY_IMPORTANCE, EngineConfig
 from offload.errors import ConfigError
 from offload.machine import default_capacities, survey
+from offload.placement import FIRST, check_placement
 from offload.presets import Preset, customised
 from offload.tiers.codec_ladder import find_codec
 from offload.tiers.scratch import ScratchDir, default_parent
@@ -26,6 +27,7 @@ class CacheOptions(TypedDict, total=False):
     error: float | None
     max_wait_us: float | None
     codec: str
+    placement: str
     capacity: Mapping[str, int | str] | None
     disk_path: str | Path | Sequence[str | Path] | None
 
@@ -72,10 +74,30 @@ def check_capacity(
     return {tier: given.get(tier, defaults[tier]) for tier in tiers}
 
 
-def check_codec(codec: str, tiers: Sequence[str]) -> None:
+def check_codec(codec: str, tiers: Sequence[str], placement: str = FIRST) -> None:
     """Raise ConfigError if there is no such codec, or no tier that could use it."""
-    if (codec == AUTO or find_codec(codec).number) and "disk" not in tiers:
+    if (codec in (AUTO, BY_IMPORTANCE) or find_codec(codec).number) and "disk" not in tiers:
         raise ConfigError(f"codec={codec!r} is for the tier 'disk'; tiers: {list(tiers)}")
+    if codec == BY_IMPORTANCE and placement == FIRST:
+        raise ConfigError(
+            f"codec={codec!r} is for chunks that move by importance, such as by placement='mass'; "
+            f"with placement={placement!r} they stay where they were put"
+        )
+
+
+def check_moves(placement: str, preset: Preset, tiers: Sequence[str]) -> None:
+    """Raise ConfigError unless chunks can move between tiers as a placement wants it."""
+    if check_placement(placement) == FIRST:
+        return
+    if preset.sparse is None or preset.sparse.index is None:
+        raise ConfigError(
+            f"placement={placement!r} is for policies that choose what to read; {preset.name!r} "
+            f"always reads the same, and the best is {FIRST!r}"
+        )
+    if "disk" not in tiers or len(tiers) < 2:
+        raise ConfigError(
+            f"placement={placement!r} moves chunks between memory and disk; tiers: {list(tiers)}"
+        )
 
 
 def check_paths(disk_path: object, preset: Preset) -> list[Path | None]:
@@ -115,6 +137,7 @@ def check_settings(
     error: float | None = None,
     max_wait_us: float | None = None,
     codec: str = "raw",
+    placement: str = FIRST,
 ) -> EngineConfig:
     """Turn the arguments of ``OffloadedCache`` into an engine's configuration.
 
@@ -132,9 +155,17 @@ def check_settings(
     if disk_path is not None and "disk" not in names:
         raise ConfigError(f"disk_path={str(disk_path)!r} needs the tier 'disk'; tiers: {names}")
     paths = check_paths(disk_path, preset)
-    check_codec(codec, names)
+    check_moves(placement, preset, names)
+    check_codec(codec, names, placement)
     check_near(preset, names, codec)
     capacities = check_capacity(names, capacity, paths[0])
     scratches = [ScratchDir(path) for path in paths] if "disk" in names else [None]
-    more = tuple(scratch for scratch in scratches[1:] if scratch is not None)
-    return EngineConfig(capacities, preset, tokens, scratches[0], codec=codec, more_scratch=more)
+    return EngineConfig(
+        capacities,
+        preset,
+        tokens,
+        scratches[0],
+        codec=codec,
+        placement=placement,
+        more_scratch=tuple(scratch for scratch in scratches[1:] if scratch is not None),
+    )

@@ -9,7 +9,8 @@ from typing import Final
 import torch
 
 from offload.core import CacheCore
-from offload.engine import Engine, EngineConfig
+from offload.engine import Engine
+from offload.engine_config import EngineConfig
 from offload.errors import ClosedError, CorruptChunk, OffloadError
 from offload.exact import AttentionCall
 from offload.presets import find_preset

@@ -54,6 +54,9 @@ class Counters:
         Loads that failed but were not needed after all.
     promoted_chunks, demoted_chunks : int
         Chunks moved one tier up and down after their first placement.
+    failed_exchanges : int
+        Exchanges of chunks between memory and disk that did not take place: a transfer failed, the
+        disk was full, or a chunk was in use.
     failed_stores : int
         Writes to the disk, of one or more chunks, that failed.
     unneeded_failures : int
@@ -90,6 +93,7 @@ class Counters:
     failed_prefetches: int = 0
     promoted_chunks: int = 0
     demoted_chunks: int = 0
+    failed_exchanges: int = 0
     failed_stores: int = 0
     unneeded_failures: int = 0
     rescued_chunks: int = 0
@@ -204,7 +208,7 @@ class CacheStats:
     prefetch_hit_rate : float
         Share of streamed groups whose load had started before they were asked for.
     promoted_chunks, demoted_chunks : int
-    failed_stores, unneeded_failures, rescued_chunks : int
+    failed_exchanges, failed_stores, unneeded_failures, rescued_chunks : int
         See ``Counters``.
     covered_tokens, retrieved_tokens : int
         Likewise.
@@ -236,6 +240,7 @@ class CacheStats:
     prefetch_hit_rate: float
     promoted_chunks: int
     demoted_chunks: int
+    failed_exchanges: int = 0
     failed_stores: int = 0
     unneeded_failures: int = 0
     rescued_chunks: int = 0

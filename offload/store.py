@@ -10,7 +10,7 @@ from offload.errors import OffloadError
 from offload.room import describe_room, no_room, second_copies
 from offload.source import ChunkSource, split
 from offload.stats import Counters
-from offload.table import ChunkTable, Entry
+from offload.table import ChunkTable
 from offload.tiers.base import Tier
 from offload.tiers.eviction import EvictionPolicy
 from offload.tiers.memory import MemoryTier
@@ -70,7 +70,7 @@ class ChunkStore:
                 write_buffers,
                 counters,
                 deadline_s,
-                lambda chunk, slot: self._arrive(chunk, disk, slot),
+                lambda chunk, slot: self.arrive(chunk, disk, slot),
                 self.unprotect,
                 self._rescue,
                 lambda: describe_room(self.tiers),
@@ -117,7 +117,7 @@ class ChunkStore:
             # their reads overlap evenly; then wherever there is room.
             for stream, level in product((layer, None), range(len(self.tiers))):
                 start = len(placed)
-                count = self._positions_with_room(level, num_chunks - start, batch, stream)
+                count = self.positions_with_room(level, num_chunks - start, batch, stream)
                 if count:
                     token = first_token + start * self.layout.chunk_tokens
                     part = source.positions(start, start + count)
@@ -139,7 +139,7 @@ class ChunkStore:
         slot : SlotId
         """
         chunk = self.table.create(info.layer, info.first_token, info.chunk_id)
-        self._arrive(chunk, len(self.tiers) - 1, slot)
+        self.arrive(chunk, len(self.tiers) - 1, slot)
         return chunk
 
     def adopt_copies(self, copies: Iterable[tuple[ChunkId, ChunkInfo, SlotId]]) -> None:
@@ -205,11 +205,24 @@ class ChunkStore:
         tier.write(slots, [entry.info], [content]).wait(self.deadline_s)
         for lower in list(entry.slots):
             if isinstance(self.tiers[lower], MemoryTier) and chunk not in self.table.protected:
-                self._drop_copy(chunk, entry, lower)
-        self._arrive(chunk, level, slots[0])
+                self.drop_copy(chunk, lower)
+        self.arrive(chunk, level, slots[0])
         self.counters.add_stored(tier.name, tier.slot_bytes)
         self.counters.promoted_chunks += 1
         return True
+
+    def arrive(self, chunk: ChunkId, level: int, slot: SlotId) -> None:
+        """Book that a tier holds a chunk now, readable."""
+        self.table[chunk].slots[level] = slot
+        self._policies[level].insert(chunk)
+        self._peaks[level] = max(self._peaks[level], self.tiers[level].used_bytes)
+        self._note_move(chunk)
+
+    def drop_copy(self, chunk: ChunkId, level: int) -> None:
+        """Free the slot of a chunk in one tier; it has to have another copy."""
+        self.tiers[level].free([self.table[chunk].slots.pop(level)])
+        self._policies[level].remove(chunk)
+        self._note_move(chunk)
 
     def shrink(self, level: int, num_slots: int) -> None:
         """Shrink a memory tier to ``num_slots``, moving what no longer fits one tier down.
@@ -241,9 +254,10 @@ class ChunkStore:
 
     def peak_bytes(self, level: int) -> int:
         """Return the most bytes a tier has held, stores in flight included."""
+        known = max(self._peaks[level], self.tiers[level].used_bytes)
         if self._queue is not None and level == len(self.tiers) - 1:
-            return max(self._queue.peak_bytes, self._peaks[level])
-        return self._peaks[level]
+            return max(self._queue.peak_bytes, known)
+        return known
 
     def restart_peaks(self) -> None:
         """Count peaks from what the tiers hold now."""
@@ -251,20 +265,16 @@ class ChunkStore:
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a tier or the table is inconsistent."""
-        entries = {chunk: self.table[chunk] for chunk in self.table}
-        for level, tier in enumerate(self.tiers):
+        for tier in self.tiers:
             tier.check_integrity()
-            held = [entry.slots[level] for entry in entries.values() if level in entry.slots]
-            assert len(set(held)) == len(held), f"{tier.name}: two chunks in one slot"
-        for chunk, entry in entries.items():
-            assert entry.slots or entry.pending is not None, f"chunk {chunk} is in no tier"
+        self.table.check_integrity()
 
     def close(self) -> None:
         """Wait for what is in flight and close every tier, whatever fails. Idempotent."""
         for tier in reversed(self.tiers):
             tier.close()
 
-    def _positions_with_room(
+    def positions_with_room(
         self, level: int, wanted: int, batch: int, stream: int | None = None
     ) -> int:
         """Return how many positions of ``batch`` chunks fit now, after the policy made room.
@@ -275,7 +285,7 @@ class ChunkStore:
         missing = wanted * batch - tier.num_free
         if missing > 0 and level + 1 == len(self.tiers):
             for chunk in second_copies(self.tiers, self.table)[:missing]:
-                self._drop_copy(chunk, self.table[chunk], level)
+                self.drop_copy(chunk, level)
         elif missing > 0:
             for victim in self._policies[level].victims(missing, self.table.protected):
                 self._demote(victim, level)
@@ -299,7 +309,7 @@ class ChunkStore:
             source.fill_slots(tier.pool, slots, self.layout)
             self.counters.add_stored(tier.name, len(slots) * tier.slot_bytes)
             for chunk, slot in zip(flat, slots, strict=True):
-                self._arrive(chunk, level, slot)
+                self.arrive(chunk, level, slot)
             return ids
         try:
             self._write_behind(flat, source)
@@ -338,20 +348,20 @@ class ChunkStore:
         content = source.buffer(entry.slots[level])
         self.counters.demoted_chunks += target != level
         if any(lower > level for lower in entry.slots):
-            self._drop_copy(chunk, entry, level)
+            self.drop_copy(chunk, level)
         elif isinstance(tier, MemoryTier):
             slots = tier.allocate(1, stream=entry.info.layer)
             tier.write(slots, [entry.info], [content]).wait(self.deadline_s)
             self.counters.add_stored(tier.name, tier.slot_bytes)
-            self._drop_copy(chunk, entry, level)
-            self._arrive(chunk, target, slots[0])
+            self.drop_copy(chunk, level)
+            self.arrive(chunk, target, slots[0])
         else:
             assert self._queue is not None
             [buffer] = self._queue.take_buffers(1)
             settle()  # the content may itself be on its way down from a CUDA device
             buffer.copy_(content, non_blocking=True)
             self._queue.submit([chunk], [buffer])
-            self._drop_copy(chunk, entry, level)
+            self.drop_copy(chunk, level)
 
     def _rescue(self, chunk: ChunkId) -> bool:
         """Copy a chunk from its write buffer into a free slot in memory, if there is one."""
@@ -363,33 +373,23 @@ class ChunkStore:
                 tier.write(slots, [entry.info], [entry.pending]).wait(self.deadline_s)
                 settle()  # the buffer is about to be filled with something else
                 self.counters.add_stored(tier.name, tier.slot_bytes)
-                self._arrive(chunk, level, slots[0])
+                self.arrive(chunk, level, slots[0])
                 return True
         return False
 
     def _level_below(self, level: int) -> int:
         """Return the next level down with a free slot, after its policy made room."""
         for lower in range(level + 1, len(self.tiers)):
-            if self._positions_with_room(lower, 1, 1):
+            if self.positions_with_room(lower, 1, 1):
                 return lower
         raise no_room(self.tiers, 1)
-
-    def _arrive(self, chunk: ChunkId, level: int, slot: SlotId) -> None:
-        self.table[chunk].slots[level] = slot
-        self._policies[level].insert(chunk)
-        self._peaks[level] = max(self._peaks[level], self.tiers[level].used_bytes)
-        self._note_move(chunk)
-
-    def _drop_copy(self, chunk: ChunkId, entry: Entry, level: int) -> None:
-        self.tiers[level].free([entry.slots.pop(level)])
-        self._policies[level].remove(chunk)
-        self._note_move(chunk)
 
     def _bury(self, dead: Iterable[ChunkId]) -> None:
         for chunk in dead:
             entry = self.table.forget(chunk)
-            for level in list(entry.slots):
-                self._drop_copy(chunk, entry, level)
+            for level, slot in entry.slots.items():
+                self.tiers[level].free([slot])
+                self._policies[level].remove(chunk)
             if entry.pending is not None and self._queue is not None:
                 self._queue.give_back(entry.pending)
             self._note_move(chunk)

@@ -104,3 +104,10 @@ class ChunkTable:
     def forget(self, chunk: ChunkId) -> Entry:
         """Remove a dead chunk and return what is left of it, for its copies to be freed."""
         return self._entries.pop(chunk)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a chunk is nowhere, or two are in one slot."""
+        held = [place for entry in self._entries.values() for place in entry.slots.items()]
+        assert len(set(held)) == len(held), "two chunks are in one slot"
+        for chunk, entry in self._entries.items():
+            assert entry.slots or entry.pending is not None, f"chunk {chunk} is in no tier"

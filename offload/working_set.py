@@ -15,6 +15,9 @@ _NUM_BUFFERS = 4
 _WRITE_BYTES = 16 << 20
 """Write buffers: two bursts of 8 MiB."""
 
+MOST_EXCHANGES = 8
+"""Chunks that change places with others at a time: as many are read between two measured steps."""
+
 _HEADS_BYTES = 8 << 20
 """Pieces in flight: 256 of 32 KiB, 10 ms of a disk that reads 27,000 a second; or 2,048 pages."""
 
@@ -29,11 +32,14 @@ class WorkingSet:
         The staging ring, on the device.
     num_write_buffers : int
         Host buffers for chunks on their way to the disk.
+    num_exchanges : int
+        Chunks that change places with others at a time, with two host buffers each.
     """
 
     num_buffers: int
     buffer_chunks: int
     num_write_buffers: int
+    num_exchanges: int = 0
 
 
 def plan_working_set(
@@ -42,6 +48,8 @@ def plan_working_set(
     slot_bytes: int,
     tail_bytes: int,
     batch: int,
+    *,
+    num_exchanges: int = 0,
 ) -> WorkingSet:
     """Choose staging and write buffers.
 
@@ -54,6 +62,9 @@ def plan_working_set(
         Tails of all layers.
     batch : int
         Rows; a staging buffer must hold one chunk of each.
+    num_exchanges : int
+        As many as are wanted; there are fewer, but one at least, where their buffers would take
+        more than an eighth of the host capacity.
 
     Raises
     ------
@@ -83,7 +94,9 @@ def plan_working_set(
                 f"cpu capacity {host_capacity_bytes} bytes cannot hold {writes} write buffers of "
                 f"{slot_bytes} bytes"
             )
-    return WorkingSet(buffers, chunks, writes)
+        if num_exchanges:
+            num_exchanges = max(1, min(num_exchanges, host_capacity_bytes // 16 // slot_bytes))
+    return WorkingSet(buffers, chunks, writes, num_exchanges)
 
 
 def plan_row_memory(spare_bytes: int | None, layout: ChunkLayout, plan: RowPlan) -> RowMemory:

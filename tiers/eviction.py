@@ -42,6 +42,18 @@ class EvictionPolicy(Protocol):
         ...
 
 
+class Ranking(EvictionPolicy, Protocol):
+    """A policy that can compare chunks of its tier with those of other tiers."""
+
+    def worth(self, chunk: ChunkId) -> float:
+        """Return what having a chunk in the tier is worth: the more, the later it goes.
+
+        Numbers mean nothing by themselves, and are compared with those of the same moment only. Of
+        a chunk that is not in the tier: what it would be worth if it came in now.
+        """
+        ...
+
+
 class KeepFirst:
     """Newcomers never displace residents; they go down instead.
 
@@ -78,16 +90,19 @@ class LeastRecentlyUsed:
     """The chunk that was not read for the longest time goes first. For sparse reads."""
 
     def __init__(self) -> None:
-        self._order: OrderedDict[ChunkId, None] = OrderedDict()
+        self._order: OrderedDict[ChunkId, int] = OrderedDict()
+        self._num_touches = 0
 
     def insert(self, chunk: ChunkId) -> None:
         """Note that a chunk now lives in the tier."""
-        self._order[chunk] = None
+        self._order[chunk] = self._num_touches
 
     def touch(self, chunks: Iterable[ChunkId]) -> None:
         """Note that chunks were read."""
+        self._num_touches += 1
         for chunk in chunks:
             if chunk in self._order:
+                self._order[chunk] = self._num_touches
                 self._order.move_to_end(chunk)
 
     def observe(self, masses: Mapping[ChunkId, float]) -> None:
@@ -107,3 +122,7 @@ class LeastRecentlyUsed:
             if chunk not in exclude:
                 found.append(chunk)
         return found
+
+    def worth(self, chunk: ChunkId) -> float:
+        """Return when a chunk was last read; one that is not in the tier: just now."""
+        return self._order.get(chunk, self._num_touches)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from offload.tiers.eviction import EvictionPolicy
+from offload.tiers.eviction import Ranking
 from offload.types import ChunkId
 
 
@@ -25,14 +25,14 @@ class ByLayer:
 
     def __init__(
         self,
-        make_policy: Callable[[], EvictionPolicy],
+        make_policy: Callable[[], Ranking],
         layer_of: Callable[[ChunkId], int],
         shares: Sequence[float] | None = None,
     ) -> None:
         self._make_policy = make_policy
         self._layer_of = layer_of
         self._shares = shares
-        self._policies: dict[int, EvictionPolicy] = {}
+        self._policies: dict[int, Ranking] = {}
         self._layers: dict[ChunkId, int] = {}
         self._counts: Counter[int] = Counter()
 
@@ -95,7 +95,11 @@ class ByLayer:
                 del shares[layer]
         return found
 
-    def _policy(self, layer: int) -> EvictionPolicy:
+    def worth(self, chunk: ChunkId) -> float:
+        """Return what a chunk is worth to the policy of its layer; see ``Ranking``."""
+        return self._policy(self._layer_of(chunk)).worth(chunk)
+
+    def _policy(self, layer: int) -> Ranking:
         if layer not in self._policies:
             self._policies[layer] = self._make_policy()
         return self._policies[layer]

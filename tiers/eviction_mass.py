@@ -53,8 +53,7 @@ class LeastMass:
     def insert(self, chunk: ChunkId) -> None:
         """Note that a chunk now lives in the tier."""
         known = self._ghosts.take(chunk)
-        newcomer = self._typical + self._long_run + self._step * self._growth
-        self._ranks.insert(chunk, newcomer if known is None else known)
+        self._ranks.insert(chunk, self._newcomer() if known is None else known)
 
     def touch(self, chunks: Iterable[ChunkId]) -> None:
         """Note nothing: what was read shows in the attention."""
@@ -86,6 +85,16 @@ class LeastMass:
     def victims(self, n: int, exclude: Collection[ChunkId] = ()) -> list[ChunkId]:
         """Return up to ``n`` chunks to move out, first to go first."""
         return self._ranks.lowest(n, exclude)
+
+    def worth(self, chunk: ChunkId) -> float:
+        """Return the rank of a chunk, see ``Ranking``."""
+        if chunk in self._ranks:
+            return self._ranks.rank(chunk)
+        known = self._ghosts.get(chunk)
+        return self._newcomer() if known is None else known
+
+    def _newcomer(self) -> float:
+        return self._typical + self._long_run + self._step * self._growth
 
 
 def _log_add(one: float, other: float) -> float:

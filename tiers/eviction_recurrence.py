@@ -95,6 +95,10 @@ class LongestOverdue:
         candidates = (chunk for chunk in self._rhythms if chunk not in exclude)
         return heapq.nlargest(n, candidates, key=self._overdue)
 
+    def worth(self, chunk: ChunkId) -> float:
+        """Return how little overdue a chunk is, 0 at best; see ``Ranking``."""
+        return -self._overdue(chunk)
+
     def _overdue(self, chunk: ChunkId) -> float:
-        rhythm = self._rhythms[chunk]
+        rhythm = self._rhythms.get(chunk) or self._ghosts.get(chunk) or _Rhythm(self._step, 0)
         return (self._step - rhythm.last_step) / max(rhythm.longest, 1)

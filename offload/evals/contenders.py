@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from offload.engine import AUTO
+from offload.engine_config import AUTO
 from offload.errors import ConfigError
 from offload.presets import PRESETS, Preset, customised
 from offload.tiers.codec_ladder import find_codec

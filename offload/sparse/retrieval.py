@@ -15,6 +15,8 @@ from offload.kernels import dispatch
 from offload.kernels.reference import merge
 from offload.kernels.rows import attend_to
 from offload.sparse.break_even import BreakEven
+from offload.sparse.calls import hidden_tokens, is_plain
+from offload.sparse.importance import ImportanceWatch
 from offload.sparse.indexes import Holder, LayerIndexes
 from offload.sparse.outlook import Outlook, Run
 from offload.sparse.plan import SparsePlan
@@ -78,6 +80,8 @@ class Retrieval:
         Longest wait for rows, of one layer; what has not arrived is estimated.
     directory : Path or None
         On the disk, where indexes lie if the plan wants them there.
+    watch : ImportanceWatch, optional
+        Told what was read, and how much attention it got.
 
     Raises
     ------
@@ -93,8 +97,10 @@ class Retrieval:
         plan: SparsePlan,
         max_wait_s: float | None = None,
         directory: Path | None = None,
+        watch: ImportanceWatch | None = None,
     ) -> None:
         self.plan = plan
+        self._watch = watch
         self._store = store
         self._rows = rows
         self._break_even = BreakEven(plan, store.layout, device)
@@ -146,6 +152,8 @@ class Retrieval:
             self._rows.forget(owner)
         if self.indexes is not None:
             self.indexes.forget(owner)
+        if self._watch is not None:
+            self._watch.forget(owner)
         self._outlooks = {key: kept for key, kept in self._outlooks.items() if key[0] != owner}
 
     def close(self) -> None:
@@ -164,6 +172,15 @@ class Retrieval:
         covered : range
             The chunks it is about; the others are the caller's.
         """
+        watch, num_positions = self._watch, call.query.shape[2]
+        if watch is None or num_positions > self.plan.max_queries:
+            return self._attend(layer, call)
+        watch.begin(layer.owner, layer.number, num_positions * len(layer.rows))
+        parts, covered = self._attend(layer, call)
+        watch.add_whole(layer.rows, layer.num_past_chunks, covered)
+        return parts, covered
+
+    def _attend(self, layer: Layer, call: AttentionCall) -> tuple[list[Partial], range]:
         if layer.number < self.plan.dense_layers or not is_plain(call):
             return [], range(0)
         hidden = hidden_tokens(call.mask)
@@ -311,6 +328,8 @@ class Retrieval:
             read = dispatch.attend_rows(query, addresses, layout.value_dim, layout.dtype)
         tail = index.tail(query, hits, addresses != 0, values) if self.plan.has_tail else None
         merged = read if tail is None else merge([read, tail])
+        if self._watch is not None:
+            self._watch.add(query, run, hits.ids, addresses, merged.lse)
         self._rows.release()
         if likely is not hits.ids:
             # Late ones first, then those just below the cut.
@@ -370,18 +389,3 @@ def _unread(likely: Ints, addresses: Ints) -> Ints:
     ids = likely.copy()
     ids[:, : addresses.shape[1]][addresses != 0] = NO_TOKEN
     return ids
-
-
-def is_plain(call: AttentionCall) -> bool:
-    """Whether a query sees every earlier key, with the softmax of its scaled inner product."""
-    return call.expand is None and call.softcap is None and call.window is None
-
-
-def hidden_tokens(mask: Tensor | None) -> int | None:
-    """Return how many first tokens contain all that a mask hides; None if it is no such mask."""
-    if mask is None:
-        return 0
-    if mask.ndim != 2 or mask.dtype != torch.bool:
-        return None
-    hidden = (~mask).any(0).nonzero()
-    return int(hidden[-1]) + 1 if len(hidden) else 0

@@ -33,16 +33,16 @@ _NUMBER_WORDS = [
 _PRINTED = re.compile(r"\(?([A-Z])[.):]\s*")
 _MARK = "[.):,;\\]}。、]"
 # Each finds one letter; the first that finds one in a reply decides. Small letters need a mark of
-# their own next to them, because "a" is also a word.
-_WHOLE = re.compile(r"\W*([A-Za-z])\W*")
-_LEADING = re.compile(rf"[(\[{{]\s*([A-Za-z])(?!\w)|\W*([A-Za-z])\s?{_MARK}(?=\s|$)")
+# their own next to them, because "a" is also a word; so are the capitals A and I.
+_CAPITAL = r"[B-HJ-Z](?!\w)|[AI](?!\w|\s+(?!because\b)[a-z])"
+_WHOLE = re.compile(r"^\W*([A-Za-z])\W*$")
+_LEADING = re.compile(rf"^(?:[(\[{{]\s*([A-Za-z])(?!\w)|\W*([A-Za-z])\s?{_MARK}(?=\s|$))")
 _NAMED = re.compile(
     r"(?i:\b(?:answer|option|choice)\b(?:\s+(?:is|would\s+be|should\s+be))?)\W*"
-    rf"(?:[(\[{{]\s*([A-Za-z])(?!\w)|([A-Z])(?!\w|\s+[a-z])|([a-z])(?=\s?{_MARK}|\s*$))"
+    rf"(?:(?<=[(\[{{])([A-Za-z])(?!\w)|({_CAPITAL})|([a-z])(?=\s?{_MARK}|\s*$))"
 )
+_BARE = re.compile(rf"^\W*({_CAPITAL})")
 _ENCLOSED = re.compile(r"[(\[{]\s*([A-Za-z])\s*[)\]}]")
-_BARE = re.compile(r"\W*([B-HJ-Z])(?!\w)")
-"""A capital alone in front; not A and I, which are words."""
 
 
 def letter_of(place: int) -> str:
@@ -121,29 +121,28 @@ def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
     int or None
         From 0; of equal choices the first. None: no choice, or more than one, is meant.
     """
-    said = unicodedata.normalize("NFKC", reply.rpartition("</think>")[2]).replace("*", "").strip()
+    said = unicodedata.normalize("NFKC", _conclusion(reply)).replace("*", "").strip()
     texts = [normalised(choice) for choice in choices]
     words = normalised(said)
-    if words and words in texts and not _WHOLE.fullmatch(said):
-        return texts.index(words)
+    if words and not _WHOLE.match(said):
+        if said in choices:
+            return choices.index(said)
+        if words in texts:
+            return texts.index(words)
     for pattern in (_WHOLE, _LEADING, _NAMED):
-        match = pattern.fullmatch(said) if pattern is _WHOLE else pattern.search(said)
-        if match and pattern is _LEADING and match.start():
-            continue
-        place = _place(_letter(match), choices) if match else None
+        place = _place(_letter(pattern.search(said)), choices)
         if place is not None:
             return place
     enclosed = {_place(letter, choices) for letter in _ENCLOSED.findall(said)} - {None}
     if len(enclosed) == 1:
         return enclosed.pop()
     place = _by_text(words, texts)
-    bare = _BARE.match(said)
-    return _place(bare[1], choices) if place is None and bare else place
+    return _place(_letter(_BARE.search(said)), choices) if place is None else place
 
 
 def parse_yes_no(reply: str) -> bool | None:
     """Return whether a reply begins with yes or no, or has only one of the two in it."""
-    words = normalised(reply.rpartition("</think>")[2]).split()
+    words = normalised(_conclusion(reply)).split()
     said = [word == "yes" for word in words if word in ("yes", "no")]
     if words and words[0] in ("yes", "no"):
         return said[0]
@@ -152,7 +151,7 @@ def parse_yes_no(reply: str) -> bool | None:
 
 def parse_count(reply: str) -> int | None:
     """Return the whole number in a reply, in digits or (to twenty) in words, if there is one only."""
-    words = normalised(reply.rpartition("</think>")[2]).split()
+    words = normalised(_conclusion(reply)).split()
     numbers = {int(word) for word in words if word.isascii() and word.isdigit()}
     numbers |= {_NUMBER_WORDS.index(word) for word in words if word in _NUMBER_WORDS}
     return numbers.pop() if len(numbers) == 1 else None
@@ -167,8 +166,12 @@ def _by_text(words: str, texts: Sequence[str]) -> int | None:
     return texts.index(begun.pop()) if len(begun) == 1 and not inside else None
 
 
-def _letter(match: re.Match[str]) -> str:
-    return next(group for group in match.groups() if group is not None)
+def _conclusion(reply: str) -> str:
+    return reply.rpartition("</think>")[2]
+
+
+def _letter(match: re.Match[str] | None) -> str:
+    return next(filter(None, match.groups())) if match else ""
 
 
 def _place(letter: str, choices: Sequence[str]) -> int | None:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 
 import pytest
 
-from offload.tiers.eviction import EvictionPolicy
+from offload.tiers.eviction import EvictionPolicy, Ranking
 from offload.types import ChunkId
 
 
@@ -100,3 +100,42 @@ class EvictionContract(ABC):
         filled.touch(ids(1, 3))
         filled.observe({ChunkId(0): 0.6, ChunkId(2): 0.3})
         assert filled.victims(n) == filled.victims(5)[:n]
+
+
+class RankingContract(EvictionContract):
+    """What every policy must do besides that compares chunks with those of other tiers."""
+
+    @abstractmethod
+    def make_policy(self) -> Ranking:
+        """Return a new policy."""
+
+    @pytest.fixture
+    def ranking(self) -> Ranking:
+        """A policy with the chunks 0 to 4, which got attention, and so did 7."""
+        ranking = self.make_policy()
+        for chunk in ids(0, 1, 2, 3, 4):
+            ranking.insert(chunk)
+        for chunk, mass in zip(ids(3, 0, 4, 1, 2, 7), (0.1, 0.3, 0.2, 0.5, 0.4, 0.35), strict=True):
+            ranking.touch([chunk])
+            ranking.observe({chunk: mass})
+        return ranking
+
+    def test_victims_are_worth_no_more_than_those_that_go_later(self, ranking: Ranking) -> None:
+        worth = [ranking.worth(chunk) for chunk in ranking.victims(5)]
+        assert worth == sorted(worth)
+        assert worth[0] < worth[-1]
+
+    @pytest.mark.parametrize("number", [7, 8])
+    def test_chunk_outside_is_worth_what_it_is_worth_once_it_came_in(
+        self, ranking: Ranking, number: int
+    ) -> None:
+        [chunk] = ids(number)
+        outside = ranking.worth(chunk)
+        ranking.insert(chunk)
+        assert ranking.worth(chunk) == outside
+
+    def test_asking_for_worth_changes_nothing(self, ranking: Ranking) -> None:
+        before = ranking.victims(5)
+        for number in range(9):
+            ranking.worth(ChunkId(number))
+        assert ranking.victims(9) == before

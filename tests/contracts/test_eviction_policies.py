@@ -1,11 +1,11 @@
 """Every eviction policy keeps the contract."""
 
-from offload.tiers.eviction import EvictionPolicy, KeepFirst, LeastRecentlyUsed
+from offload.tiers.eviction import EvictionPolicy, KeepFirst, LeastRecentlyUsed, Ranking
 from offload.tiers.eviction_cumulative import LeastCumulativeMass
 from offload.tiers.eviction_layers import ByLayer
 from offload.tiers.eviction_mass import LeastMass
 from offload.tiers.eviction_recurrence import LongestOverdue
-from tests.contracts.eviction_contract import EvictionContract
+from tests.contracts.eviction_contract import EvictionContract, RankingContract
 
 
 class TestKeepFirst(EvictionContract):
@@ -13,28 +13,28 @@ class TestKeepFirst(EvictionContract):
         return KeepFirst()
 
 
-class TestLeastRecentlyUsed(EvictionContract):
-    def make_policy(self) -> EvictionPolicy:
+class TestLeastRecentlyUsed(RankingContract):
+    def make_policy(self) -> Ranking:
         return LeastRecentlyUsed()
 
 
-class TestLeastMass(EvictionContract):
-    def make_policy(self) -> EvictionPolicy:
+class TestLeastMass(RankingContract):
+    def make_policy(self) -> Ranking:
         return LeastMass()
 
 
-class TestLeastMassThatRemembersNothing(EvictionContract):
-    def make_policy(self) -> EvictionPolicy:
+class TestLeastMassThatRemembersNothing(RankingContract):
+    def make_policy(self) -> Ranking:
         return LeastMass(num_ghosts=0)
 
 
-class TestLeastCumulativeMass(EvictionContract):
-    def make_policy(self) -> EvictionPolicy:
+class TestLeastCumulativeMass(RankingContract):
+    def make_policy(self) -> Ranking:
         return LeastCumulativeMass()
 
 
-class TestLongestOverdue(EvictionContract):
-    def make_policy(self) -> EvictionPolicy:
+class TestLongestOverdue(RankingContract):
+    def make_policy(self) -> Ranking:
         return LongestOverdue()
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from offload.engine import Engine, EngineConfig
+from offload.engine import Engine
+from offload.engine_config import EngineConfig
 from offload.errors import CapacityError
 from offload.exact import AttentionCall
 from offload.presets import Preset

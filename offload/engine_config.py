@@ -1,0 +1,55 @@
+"""What an engine is built from."""
+
+from dataclasses import dataclass
+
+from offload.placement import FIRST
+from offload.presets import Preset
+from offload.tiers.faults import FaultPlan
+from offload.tiers.scratch import ScratchDir
+
+AUTO = "auto"
+"""A codec: whatever the model of the pipeline says."""
+
+BY_IMPORTANCE = "importance"
+"""A codec: the fewer bits, the less attention a chunk has got."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What an engine is built from.
+
+    Attributes
+    ----------
+    capacities : dict of str to int
+        Bytes of each tier, fastest first: an ordered subset of ``gpu``, ``cpu``, ``disk``.
+    preset : Preset
+    chunk_tokens : int
+    scratch : ScratchDir or None
+        Where the disk tier writes.
+    more_scratch : tuple of ScratchDir
+        On further disks, among which a preset that attends beside them divides the heads.
+    deadline_s : float
+        Longest wait for one transfer.
+    faults : FaultPlan or None
+        What the disk tier is to suffer, to try out a failing disk.
+    codec : str
+        How the disk tier stores chunks: a name of ``codec_ladder``, ``AUTO`` or ``BY_IMPORTANCE``.
+    placement : str
+        A name of ``PLACEMENTS``.
+    """
+
+    capacities: dict[str, int]
+    preset: Preset
+    chunk_tokens: int
+    scratch: ScratchDir | None
+    deadline_s: float = 120.0
+    faults: FaultPlan | None = None
+    codec: str = "raw"
+    placement: str = FIRST
+    more_scratch: tuple[ScratchDir, ...] = ()
+
+    def close_scratch(self) -> None:
+        """Remove the folders of the disk tier."""
+        for scratch in (self.scratch, *self.more_scratch):
+            if scratch is not None:
+                scratch.close()

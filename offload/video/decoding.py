@@ -1,0 +1,168 @@
+"""Video to frames by PyAV: what is damaged is left out and counted. Knows no sampling, no time."""
+
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from offload.errors import ConfigError, StorageError
+from offload.video.types import Image
+
+if TYPE_CHECKING:
+    from av import FFmpegError, Packet, VideoFrame
+
+_DEFAULT_FPS = 25
+"""Of a bare stream that says nothing about its rate."""
+
+_MAX_FAILED_READS = 64
+"""In a row. A demuxer may fail without moving on, and would do so for ever."""
+
+
+def require_av() -> ModuleType:
+    """Return the module ``av``.
+
+    Raises
+    ------
+    ConfigError
+        PyAV is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ConfigError(
+            "video needs PyAV, which is not installed: pip install 'offload[video]'"
+        ) from error
+    return av
+
+
+class VideoReader:
+    """Decodes the best video stream of a file, device or address, from its beginning to its end.
+
+    One thread uses it, closing included.
+
+    Parameters
+    ----------
+    url : str
+        As libav reads it; a path is ``file:<path>``.
+    on_corrupt : callable
+        Called for each packet or frame that is left out.
+    format : str, optional
+        The demuxer, where the url does not tell.
+    options : dict of str to str, optional
+        For the demuxer and the protocol.
+    timeout_s : float, optional
+        The longest that opening, or one read, may take.
+    threads : {"SLICE", "AUTO"}
+        ``AUTO`` also decodes several frames at once, which delays each of them.
+
+    Raises
+    ------
+    ConfigError
+        PyAV is not installed.
+    StorageError
+        It cannot be opened, or holds no video. The message does not name the url, which may hold
+        a password.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        on_corrupt: Callable[[], None],
+        format: str | None = None,  # noqa: A002 - the word of PyAV
+        options: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+        threads: Literal["SLICE", "AUTO"] = "SLICE",
+    ) -> None:
+        self._av = require_av()
+        self._on_corrupt = on_corrupt
+        self._timeout_s = timeout_s
+        try:
+            # Tags in other encodings than UTF-8 are common, and nothing here reads them.
+            self._container = self._av.open(
+                url,
+                format=format,
+                options=dict(options or {}),
+                timeout=timeout_s,
+                metadata_errors="replace",
+            )
+        except self._av.FFmpegError as error:
+            raise StorageError(self._explain(error)) from None
+        stream = self._container.streams.best("video")
+        if stream is None:
+            kinds = ", ".join(other.type for other in self._container.streams) or "nothing"
+            self._container.close()
+            raise StorageError(f"no video stream in it, only: {kinds}")
+        stream.thread_type = threads
+        self._stream = stream
+
+    @property
+    def duration_s(self) -> float | None:
+        """Length of the whole, if it is known; a live stream has none."""
+        duration = self._container.duration
+        return None if duration is None else duration / self._av.time_base
+
+    @property
+    def period_s(self) -> float:
+        """Time between two frames, as far as the stream tells it."""
+        return float(1 / (self._stream.guessed_rate or self._stream.average_rate or _DEFAULT_FPS))
+
+    def frames(self) -> Iterator[tuple[float | None, "VideoFrame"]]:
+        """Yield timestamps in seconds (None where missing) and frames, in order of presentation.
+
+        Raises
+        ------
+        StorageError
+            Nothing more can be read, and this is not the end.
+        """
+        for packet in self._packets():
+            try:
+                frames = packet.decode()
+            except self._av.FFmpegError:
+                self._on_corrupt()
+                continue
+            for frame in frames:
+                if frame.is_corrupt:
+                    self._on_corrupt()
+                else:
+                    yield frame.time, frame
+
+    def _packets(self) -> Iterator["Packet"]:
+        failures = 0
+        while True:
+            try:
+                for packet in self._container.demux(self._stream):
+                    failures = 0
+                    yield packet
+            except self._av.InvalidDataError as error:
+                self._on_corrupt()
+                failures += 1
+                if failures == _MAX_FAILED_READS:
+                    raise StorageError(f"{failures} reads in a row failed: {error.strerror}") from None
+            except self._av.FFmpegError as error:
+                raise StorageError(self._explain(error)) from None
+            else:
+                return
+
+    def close(self) -> None:
+        """Give the file or connection back. Idempotent."""
+        self._container.close()
+
+    def _explain(self, error: "FFmpegError") -> str:
+        if isinstance(error, self._av.ExitError):
+            return f"nothing came for {self._timeout_s} s"
+        return error.strerror or type(error).__name__
+
+
+def to_image(frame: "VideoFrame") -> Image:
+    """Return a frame as it is to be shown: RGB, turned as its display matrix says.
+
+    Quarter turns only. Pixels that are not square are not stretched.
+
+    Returns
+    -------
+    ndarray, uint8 [height, width, 3]
+    """
+    image = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))

@@ -1,0 +1,75 @@
+"""Frames of a video file."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from offload.errors import ConfigError, StorageError
+from offload.video.decoding import VideoReader, to_image
+from offload.video.sampling import Sampler
+from offload.video.source import Source
+from offload.video.stream_clock import StreamClock
+from offload.video.types import Frame
+
+_LOG = logging.getLogger(__name__)
+
+_HOUR_S = 3600.0
+_TOLERATED_END_S = 1.0
+"""Sound often goes on for longer than the pictures do."""
+
+
+class VideoFile(Source):
+    """Decodes as it is read: one frame in memory, and those that libav's threads work on.
+
+    Parameters
+    ----------
+    path : Path
+    sampler : Sampler
+
+    Raises
+    ------
+    ConfigError
+        It cannot be opened, is empty, or holds no video.
+    """
+
+    def __init__(self, path: Path, sampler: Sampler) -> None:
+        super().__init__(str(path))
+        if path.stat().st_size == 0:
+            raise ConfigError(f"{path}: asked for a video, found an empty file (0 bytes)")
+        try:
+            self._reader = VideoReader(f"file:{path}", on_corrupt=self._count, threads="AUTO")
+        except StorageError as error:
+            raise ConfigError(f"{path} cannot be read as a video: {error}") from error
+        self.duration_s = self._reader.duration_s
+        self._sampler = sampler
+        self._frames = self._decode()
+
+    def _next_frame(self) -> Frame:
+        return next(self._frames)
+
+    def _release(self) -> None:
+        self._frames.close()
+        self._reader.close()
+
+    def _decode(self) -> Iterator[Frame]:
+        clock = StreamClock(self.name, self.duration_s or _HOUR_S)
+        try:
+            for stamp_s, frame in self._reader.frames():
+                self.stats.decoded += 1
+                time_s = clock.advance(stamp_s, self._reader.period_s)
+                if self._sampler.takes(time_s):
+                    yield Frame(time_s, to_image(frame))
+                else:
+                    self.stats.skipped += 1
+        except StorageError as error:
+            raise StorageError(f"{self.name}, after {self.stats.decoded} frames: {error}") from error
+        self._report(clock.time_s or 0.0)
+
+    def _report(self, end_s: float) -> None:
+        if self.stats.corrupt:
+            _LOG.warning("%s: left out %d damaged frames", self.name, self.stats.corrupt)
+        if self.duration_s is not None and end_s + _TOLERATED_END_S < self.duration_s:
+            _LOG.warning("%s: ends at %.1f s of %.1f s", self.name, end_s, self.duration_s)
+
+    def _count(self) -> None:
+        self.stats.corrupt += 1
