@@ -351,7 +351,8 @@ class OffloadedCache(Cache):
 
     def close(self) -> None:
         """Give back memory, threads and the disk folder. Idempotent; also runs at exit."""
-        self._finalizer()
+        self._finalizer.detach()
+        self._core.close()
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a chunk is lost, shared wrongly, or a tier is over capacity."""
@@ -395,4 +396,4 @@ class OffloadedCache(Cache):
         self._records_past = False
         self.token_ids = None
         # Does not hold the cache itself, so that dropping the last reference closes it.
-        self._finalizer = weakref.finalize(self, core.close)
+        self._finalizer = weakref.finalize(self, core.abandon)

@@ -1,5 +1,7 @@
 """The state of one Hugging Face cache, apart from transformers' own classes."""
 
+import threading
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,11 +31,19 @@ class _Family:
         The tiers, made by the first keys that any of them sees.
     links : dict of Path to SessionLink
         By root of the session store.
+    abandoned : deque of CacheCore
+        Dropped without being closed, for whoever uses one of the others next.
     """
 
     num_open: int = 1
     engine: Engine | None = None
     links: dict[Path, SessionLink] = field(default_factory=dict)
+    abandoned: "deque[CacheCore]" = field(default_factory=deque)
+
+    def bury(self) -> None:
+        """Close the caches that nobody holds any more."""
+        while self.abandoned:
+            self.abandoned.popleft().close()
 
 
 class CacheCore:
@@ -63,6 +73,8 @@ class CacheCore:
 
     def check_open(self) -> None:
         """Raise ClosedError if the cache was closed or torn."""
+        if self._family.abandoned:
+            self._family.bury()
         if self._is_closed:
             raise ClosedError("the cache is closed")
         if self._torn_by is not None:
@@ -158,6 +170,24 @@ class CacheCore:
             self._family.num_open -= 1
             if self._family.num_open == 0:
                 self._close_family()
+
+    def abandon(self) -> None:
+        """Close a cache that nobody holds, as soon as that is safe.
+
+        Garbage is collected on any thread at any moment: in the middle of a step of another fork,
+        or on a thread that such a step waits for. So it is left to the next step, unless there will
+        be none.
+        """
+        family = self._family
+        if self._is_closed:
+            return
+        family.abandoned.append(self)
+        if len(family.abandoned) < family.num_open:
+            return
+        if threading.current_thread().name.startswith("offload-"):
+            threading.Thread(target=family.bury, name="offload-bury").start()  # which joins it
+        else:
+            family.bury()
 
     def open(self, layout: ChunkLayout, batch: int, device: torch.device) -> Runtime:
         """Open the tiers for chunks of a layout and so many rows, unless they are open.

@@ -4,12 +4,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from offload.core import CacheCore
-from offload.engine import Engine
 from offload.engine_config import EngineConfig
 from offload.errors import ClosedError, CorruptChunk, OffloadError
 from offload.exact import AttentionCall
@@ -20,6 +19,9 @@ from offload.soak_tally import Tally
 from offload.tiers.faults import FaultPlan
 from offload.tiers.scratch import ScratchDir
 from offload.types import ChunkLayout
+
+if TYPE_CHECKING:
+    from offload.engine import Engine
 
 _LAYOUT: Final = ChunkLayout(2, 16, 32, 32, torch.float32)
 """Whole pages: no bit of a record is padding, so every damage must be noticed."""

@@ -6,29 +6,8 @@ from collections.abc import Sequence
 from string import ascii_uppercase, punctuation
 
 _ARTICLES = frozenset({"a", "an", "the"})
-_NUMBER_WORDS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-    "twenty",
-]
+_NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
+_NUMBERS |= {"seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11, "twelve": 12}
 
 _PRINTED = re.compile(r"\(?([A-Z])[.):]\s*")
 _MARK = "[.):,;\\]}。、]"
@@ -150,10 +129,10 @@ def parse_yes_no(reply: str) -> bool | None:
 
 
 def parse_count(reply: str) -> int | None:
-    """Return the whole number in a reply, in digits or (to twenty) in words, if there is one only."""
+    """Return the whole number in a reply, in digits or, to twelve, in words, if it is the only one."""
     words = normalised(_conclusion(reply)).split()
     numbers = {int(word) for word in words if word.isascii() and word.isdigit()}
-    numbers |= {_NUMBER_WORDS.index(word) for word in words if word in _NUMBER_WORDS}
+    numbers |= {_NUMBERS[word] for word in words if word in _NUMBERS}
     return numbers.pop() if len(numbers) == 1 else None
 
 

@@ -115,17 +115,31 @@ class Fields:
             return value
         raise self.wrong(name, "a text")
 
+    def string(self, name: str) -> str:
+        """Return a string, which may be empty."""
+        value = self._value(name)
+        if isinstance(value, str):
+            return value
+        raise self.wrong(name, "a text")
+
+    def real(self, name: str) -> float:
+        """Return a number of either sign."""
+        value = self._value(name)
+        if _is_number(value):
+            return float(value)
+        raise self.wrong(name, "a number")
+
     def number(self, name: str) -> float:
         """Return a number that is finite and not negative."""
         value = self._value(name)
-        if _is_number(value):
+        if _is_number(value) and value >= 0:
             return float(value)
         raise self.wrong(name, "a number that is not negative")
 
     def integer(self, name: str) -> int:
         """Return a whole number that is not negative."""
         value = self._value(name)
-        if _is_number(value) and isinstance(value, int):
+        if _is_number(value) and isinstance(value, int) and value >= 0:
             return value
         raise self.wrong(name, "a whole number that is not negative")
 
@@ -160,6 +174,18 @@ class Fields:
             raise self.wrong(name, "a list of objects")
         return [_as_object(entry, f"{self.where}, {name} {n}") for n, entry in enumerate(value)]
 
+    def object(self, name: str) -> "Fields":
+        """Return an object."""
+        value = self._value(name)
+        if isinstance(value, dict):
+            return Fields(value, f"{self.where}, {name}")
+        raise self.wrong(name, "an object")
+
+    def numbers(self, name: str) -> dict[str, float]:
+        """Return an object of numbers that are not negative."""
+        inner = self.object(name)
+        return {key: inner.number(key) for key in inner.values}
+
     def wrong(self, name: str, expected: str) -> ConfigError:
         """Make the error for a field that is not what was expected."""
         found = _shown(self.values[name]) if name in self.values else "no such field"
@@ -182,13 +208,13 @@ def _is_digits(text: str) -> bool:
 def _is_number(value: object) -> bool:
     # For JSON, and for Python, true is 1 and NaN is a number.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 <= value <= _LARGEST
+    return is_number and -_LARGEST <= value <= _LARGEST
 
 
 def _is_span(value: object) -> bool:
     if not isinstance(value, list) or len(value) != 2 or not all(map(_is_number, value)):
         return False
-    return bool(value[0] <= value[1])
+    return bool(0 <= value[0] <= value[1])
 
 
 def _shown(value: object) -> str:

@@ -47,14 +47,21 @@ class VideoReader:
         As libav reads it; a path is ``file:<path>``.
     on_corrupt : callable
         Called for each packet or frame that is left out.
-    format : str, optional
-        The demuxer, where the url does not tell.
+    demuxer : str, optional
+        Its name, where the url does not tell.
     options : dict of str to str, optional
         For the demuxer and the protocol.
     timeout_s : float, optional
         The longest that opening, or one read, may take.
     threads : {"SLICE", "AUTO"}
         ``AUTO`` also decodes several frames at once, which delays each of them.
+
+    Attributes
+    ----------
+    period_s : float
+        Time between two frames, as far as the stream tells it.
+    start_s : float or None
+        The first timestamp, where it is known before decoding.
 
     Raises
     ------
@@ -70,7 +77,7 @@ class VideoReader:
         url: str,
         *,
         on_corrupt: Callable[[], None],
-        format: str | None = None,  # noqa: A002 - the word of PyAV
+        demuxer: str | None = None,
         options: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
         threads: Literal["SLICE", "AUTO"] = "SLICE",
@@ -82,7 +89,7 @@ class VideoReader:
             # Tags in other encodings than UTF-8 are common, and nothing here reads them.
             self._container = self._av.open(
                 url,
-                format=format,
+                format=demuxer,
                 options=dict(options or {}),
                 timeout=timeout_s,
                 metadata_errors="replace",
@@ -95,18 +102,16 @@ class VideoReader:
             self._container.close()
             raise StorageError(f"no video stream in it, only: {kinds}")
         stream.thread_type = threads
-        self._stream = stream
+        rate = stream.guessed_rate or stream.average_rate or _DEFAULT_FPS
+        self.period_s = float(1 / rate)
+        start, base = stream.start_time, stream.time_base
+        self.start_s = None if start is None or base is None else float(start * base)
 
     @property
     def duration_s(self) -> float | None:
         """Length of the whole, if it is known; a live stream has none."""
         duration = self._container.duration
         return None if duration is None else duration / self._av.time_base
-
-    @property
-    def period_s(self) -> float:
-        """Time between two frames, as far as the stream tells it."""
-        return float(1 / (self._stream.guessed_rate or self._stream.average_rate or _DEFAULT_FPS))
 
     def frames(self) -> Iterator[tuple[float | None, "VideoFrame"]]:
         """Yield timestamps in seconds (None where missing) and frames, in order of presentation.
@@ -129,17 +134,21 @@ class VideoReader:
                     yield frame.time, frame
 
     def _packets(self) -> Iterator["Packet"]:
+        # The stream owns the decoder and its threads; to keep it would be to keep them.
+        stream = self._container.streams.best("video")
         failures = 0
         while True:
             try:
-                for packet in self._container.demux(self._stream):
+                for packet in self._container.demux(stream):
                     failures = 0
                     yield packet
             except self._av.InvalidDataError as error:
                 self._on_corrupt()
                 failures += 1
                 if failures == _MAX_FAILED_READS:
-                    raise StorageError(f"{failures} reads in a row failed: {error.strerror}") from None
+                    raise StorageError(
+                        f"{failures} reads in a row failed: {error.strerror}"
+                    ) from None
             except self._av.FFmpegError as error:
                 raise StorageError(self._explain(error)) from None
             else:

@@ -123,7 +123,7 @@ class Source(ABC, Iterator[Frame]):
         """
         if self._is_closed:
             raise ClosedError(f"{self.name}: asked for a frame, but the source was closed")
-        frame = self._next_frame()
+        frame = self.read_frame()
         self.stats.yielded += 1
         return frame
 
@@ -144,7 +144,8 @@ class Source(ABC, Iterator[Frame]):
         self._release()
 
     @abstractmethod
-    def _next_frame(self) -> Frame: ...
+    def read_frame(self) -> Frame:
+        """Return the next frame, but do not count it as handed over; for sources of sources."""
 
     @abstractmethod
     def _release(self) -> None: ...

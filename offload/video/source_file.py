@@ -1,7 +1,7 @@
 """Frames of a video file."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from offload.errors import ConfigError, StorageError
@@ -44,26 +44,29 @@ class VideoFile(Source):
         self._sampler = sampler
         self._frames = self._decode()
 
-    def _next_frame(self) -> Frame:
+    def read_frame(self) -> Frame:  # noqa: D102 - docstring inherited
         return next(self._frames)
 
     def _release(self) -> None:
         self._frames.close()
         self._reader.close()
 
-    def _decode(self) -> Iterator[Frame]:
-        clock = StreamClock(self.name, self.duration_s or _HOUR_S)
+    def _decode(self) -> Generator[Frame]:
+        clock = StreamClock(self.name, self.duration_s or _HOUR_S, self._reader.start_s)
         try:
             for stamp_s, frame in self._reader.frames():
+                step_s = self._reader.period_s if self.stats.decoded else 0.0
+                time_s = clock.advance(stamp_s, step_s)
                 self.stats.decoded += 1
-                time_s = clock.advance(stamp_s, self._reader.period_s)
                 if self._sampler.takes(time_s):
                     yield Frame(time_s, to_image(frame))
                 else:
                     self.stats.skipped += 1
         except StorageError as error:
-            raise StorageError(f"{self.name}, after {self.stats.decoded} frames: {error}") from error
-        self._report(clock.time_s or 0.0)
+            raise StorageError(
+                f"{self.name}, after {self.stats.decoded} frames: {error}"
+            ) from error
+        self._report(clock.time_s)
 
     def _report(self, end_s: float) -> None:
         if self.stats.corrupt:

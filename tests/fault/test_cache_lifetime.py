@@ -59,6 +59,29 @@ def test_cache_that_nobody_refers_to_is_closed(tmp_path: Path) -> None:
     check_nothing_left(tmp_path / "disk")
 
 
+def test_fork_that_is_dropped_while_another_one_steps_waits_for_nobody(tmp_path: Path) -> None:
+    # The collector runs on any thread, that of a disk read included, which a step may wait for.
+    with make_cache(tmp_path) as cache:
+        step(cache, draw_ids(1, 60))
+        fork = cache.fork()
+        assert cache._core.runtime is not None
+        with cache._core.runtime.engine.lock, ThreadPoolExecutor(1) as collector:
+            collector.submit(fork._core.abandon).result(WAIT_S)
+        assert cache._core.is_shared
+        step(cache, draw_ids(1, 1))
+        assert not cache._core.is_shared
+        check_sound(cache)
+
+
+def test_caches_that_are_dropped_together_are_closed(tmp_path: Path) -> None:
+    caches = [make_cache(tmp_path)]
+    step(caches[0], draw_ids(1, 60))
+    caches += [caches[0].fork(), caches[0].fork()]
+    caches.clear()
+    gc.collect()
+    check_nothing_left(tmp_path / "disk")
+
+
 def test_two_caches_on_two_threads_give_the_tokens_they_give_alone(tmp_path: Path) -> None:
     prompts = [draw_ids(2, 50, seed=5), draw_ids(1, 70, seed=6)]
     with (

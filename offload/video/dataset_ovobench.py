@@ -1,0 +1,125 @@
+"""OVO-Bench (arXiv 2501.05510): ``ovo_bench_new.json``, twelve tasks in one list."""
+
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from offload.video.choices import plain_choices
+from offload.video.dataset_fields import Fields, read_objects
+from offload.video.dataset_items import Item, ItemList
+from offload.video.types import Question
+
+BACKWARD_TASKS = ("EPM", "ASI", "HLD")
+REALTIME_TASKS = ("OCR", "ACR", "ATR", "STU", "FPD", "OJR")
+FORWARD_TASKS = ("REC", "SSR", "CRR")
+
+
+def read_ovobench(path: Path, data_root: Path | None = None) -> list[Item]:
+    """Return the items of OVO-Bench, one for each source video.
+
+    The official harness cuts a clip ``ID.mp4`` or ``ID_N.mp4`` for every query; here the source
+    video is encoded once, and the query is asked at the second at which that clip ends. Ids are
+    the names of the clips. What is right is the option at ``gt``: ``answer`` often words it
+    differently. Forward questions are asked openly, for a number or for yes or no.
+
+    Parameters
+    ----------
+    path : Path
+        A JSON list.
+    data_root : Path or None
+        Folder of the source videos; see ``find_video``.
+
+    Raises
+    ------
+    ConfigError
+        Names file, entry and field.
+    """
+    items = ItemList(data_root)
+    for entry in read_objects(path):
+        video = entry.text("video")
+        video_id = str(PurePosixPath(video).with_suffix(""))
+        for question in _questions(entry):
+            items.add(video_id, video, question, task=entry.text("task"), where=entry.where)
+    return items.by_video()
+
+
+def clip_id(entry: Fields, query: int | None = None) -> str:
+    """Return the id of a question: of its entry, and for forward tasks of the query in it."""
+    number = entry.integer("id")
+    return str(number) if query is None else f"{number}_{query}"
+
+
+def kind_of(entry: Fields) -> str:
+    """Return ``"backward"``, ``"realtime"`` or ``"forward"``.
+
+    Raises
+    ------
+    ConfigError
+        The task is none of the twelve.
+    """
+    task = entry.text("task")
+    if task in BACKWARD_TASKS:
+        return "backward"
+    if task in REALTIME_TASKS:
+        return "realtime"
+    if task in FORWARD_TASKS:
+        return "forward"
+    raise entry.wrong("task", f"one of {BACKWARD_TASKS + REALTIME_TASKS + FORWARD_TASKS}")
+
+
+def _questions(entry: Fields) -> list[Question]:
+    if kind_of(entry) != "forward":
+        return [_choice_question(entry)]
+    query_of = _FORWARD[entry.text("task")]
+    return [
+        _forward_question(entry, place, query, query_of)
+        for place, query in enumerate(entry.objects("test_info"))
+    ]
+
+
+def _choice_question(entry: Fields) -> Question:
+    choices, right = plain_choices(entry.texts("options")), entry.integer("gt")
+    if right >= len(choices):
+        raise entry.wrong("gt", f"a place among the {len(choices)} options, from 0")
+    return Question(
+        id=clip_id(entry),
+        text=entry.text("question").strip(),
+        time_s=entry.time_s("realtime"),
+        choices=choices,
+        answer=choices[right],
+    )
+
+
+def _forward_question(
+    entry: Fields,
+    place: int,
+    query: Fields,
+    query_of: Callable[[Fields, Fields], tuple[str, str]],
+) -> Question:
+    text, answer = query_of(entry, query)
+    return Question(clip_id(entry, place), text, query.time_s("realtime"), answer=answer)
+
+
+def _repetitions(entry: Fields, query: Fields) -> tuple[str, str]:
+    text = f"How many times did they {entry.text('activity')} so far? Answer with one number."
+    return text, str(query.integer("count"))
+
+
+def _step(entry: Fields, query: Fields) -> tuple[str, str]:
+    text = f"Is this step being done right now: {query.text('step')}? Answer with Yes or No."
+    return text, _yes_no(query)
+
+
+def _clue(entry: Fields, query: Fields) -> tuple[str, str]:
+    question = entry.text("question").strip()
+    text = f"{question} Has the video shown enough to answer this? Answer with Yes or No."
+    return text, _yes_no(query)
+
+
+def _yes_no(query: Fields) -> str:
+    kind = query.integer("type")
+    if kind > 1:
+        raise query.wrong("type", "0 for no or 1 for yes")
+    return "Yes" if kind else "No"
+
+
+_FORWARD = {"REC": _repetitions, "SSR": _step, "CRR": _clue}
