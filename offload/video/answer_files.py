@@ -11,7 +11,7 @@ from typing import Self
 from offload.errors import ClosedError, ConfigError
 from offload.tiers.syscalls import as_storage_error
 from offload.video.answer_records import Record, from_object, to_line
-from offload.video.dataset_fields import as_objects, parse_json
+from offload.video.dataset_fields import parse_lines
 from offload.video.types import Answer
 
 _FIRST_BYTES = b'{"id": "'
@@ -158,8 +158,7 @@ def _split(content: bytes, path: Path) -> tuple[bytes, bytes]:
 
 def _parse(whole: bytes, path: Path) -> list[Record]:
     try:
-        lines = whole.decode("utf-8").splitlines()
+        text = whole.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8: byte {error.start} is {error.reason}") from error
-    values = [parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
-    return [from_object(fields) for fields in as_objects(values, str(path))]
+    return [from_object(fields) for fields in parse_lines(text, str(path))]

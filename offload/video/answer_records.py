@@ -103,7 +103,7 @@ def from_object(fields: Fields) -> Record:
         num_frames=fields.integer("frames_seen"),
         timings_ms=timings_ms,
         bytes_from={name: int(size) for name, size in fields.numbers("bytes_from").items()},
-        about=about | fields.object("settings").values,
+        about=about | fields.nested("settings").values,
     )
     return Record(
         answer, fields.optional(fields.string, "video"), fields.optional(fields.string, "task")

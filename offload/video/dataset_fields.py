@@ -53,6 +53,16 @@ def read_objects(path: Path) -> "list[Fields]":
     return as_objects(parse_json(read_text(path), str(path)), str(path))
 
 
+def parse_lines(text: str, where: str) -> "list[Fields]":
+    """Return the objects of JSONL, one on a line; empty lines do not matter."""
+    # Not splitlines: a text in JSON may have other characters that end lines.
+    return [
+        _as_object(parse_json(line, f"{where}, line {number}"), f"{where}, line {number}")
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    ]
+
+
 def as_objects(value: object, where: str) -> "list[Fields]":
     """Return the entries of a list of objects, each named by its place in it, from 0."""
     if not isinstance(value, list):
@@ -174,7 +184,7 @@ class Fields:
             raise self.wrong(name, "a list of objects")
         return [_as_object(entry, f"{self.where}, {name} {n}") for n, entry in enumerate(value)]
 
-    def object(self, name: str) -> "Fields":
+    def nested(self, name: str) -> "Fields":
         """Return an object."""
         value = self._value(name)
         if isinstance(value, dict):
@@ -183,7 +193,7 @@ class Fields:
 
     def numbers(self, name: str) -> dict[str, float]:
         """Return an object of numbers that are not negative."""
-        inner = self.object(name)
+        inner = self.nested(name)
         return {key: inner.number(key) for key in inner.values}
 
     def wrong(self, name: str, expected: str) -> ConfigError:

@@ -83,7 +83,9 @@ class ItemList:
     def by_video(self) -> list[Item]:
         """Return the items, in the order in which their videos appeared."""
         return [
-            replace(item, questions=in_order(self._questions[name]), tasks=self._tasks.get(name, {}))
+            replace(
+                item, questions=in_order(self._questions[name]), tasks=self._tasks.get(name, {})
+            )
             for name, item in self._items.items()
         ]
 

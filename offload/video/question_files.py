@@ -6,7 +6,14 @@ from pathlib import Path
 
 from offload.errors import ConfigError
 from offload.video.choices import plain_choices
-from offload.video.dataset_fields import Fields, as_objects, clock_s, parse_json, read_text
+from offload.video.dataset_fields import (
+    Fields,
+    as_objects,
+    clock_s,
+    parse_json,
+    parse_lines,
+    read_text,
+)
 from offload.video.dataset_items import Item, ItemList, in_order
 from offload.video.dataset_rekv import answer_among
 from offload.video.types import Question
@@ -107,12 +114,7 @@ def _questions(path: Path) -> Iterator[tuple[Question, str]]:
 
 def _entries(path: Path) -> list[Fields]:
     if path.suffix == ".jsonl":
-        values = [
-            parse_json(line, f"{path}, line {number}")
-            for number, line in enumerate(read_text(path).splitlines(), start=1)
-            if line.strip()
-        ]
-        return as_objects(values, str(path))
+        return parse_lines(read_text(path), str(path))
     value = parse_json(read_text(path), str(path))
     return as_objects(value.get("questions") if isinstance(value, dict) else value, str(path))
 

@@ -70,7 +70,7 @@ def test_fork_that_is_dropped_while_another_one_steps_waits_for_nobody(tmp_path:
         assert cache._core.is_shared
         step(cache, draw_ids(1, 1))
         assert not cache._core.is_shared
-        check_sound(cache)
+        cache.check_integrity()
 
 
 def test_caches_that_are_dropped_together_are_closed(tmp_path: Path) -> None:
