@@ -129,7 +129,7 @@ def parse_yes_no(reply: str) -> bool | None:
 
 
 def parse_count(reply: str) -> int | None:
-    """Return the whole number in a reply, in digits or, to twelve, in words, if it is the only one."""
+    """Return the only whole number in a reply, in digits or, to twelve, in words."""
     words = normalised(_conclusion(reply)).split()
     numbers = {int(word) for word in words if word.isascii() and word.isdigit()}
     numbers |= {_NUMBERS[word] for word in words if word in _NUMBERS}

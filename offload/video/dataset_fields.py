@@ -216,9 +216,10 @@ def _is_digits(text: str) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    # For JSON, and for Python, true is 1 and NaN is a number.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and -_LARGEST <= value <= _LARGEST
+    # For Python, true is a number, and its JSON has NaN and infinities.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -_LARGEST <= value <= _LARGEST
 
 
 def _is_span(value: object) -> bool:

@@ -1,6 +1,5 @@
 """OVO-Bench (arXiv 2501.05510): ``ovo_bench_new.json``, twelve tasks in one list."""
 
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from offload.video.choices import plain_choices
@@ -42,10 +41,12 @@ def read_ovobench(path: Path, data_root: Path | None = None) -> list[Item]:
     return items.by_video()
 
 
-def clip_id(entry: Fields, query: int | None = None) -> str:
-    """Return the id of a question: of its entry, and for forward tasks of the query in it."""
+def question_ids(entry: Fields) -> list[str]:
+    """Return the ids of the questions of an entry: one, or for forward tasks one for each query."""
     number = entry.integer("id")
-    return str(number) if query is None else f"{number}_{query}"
+    if kind_of(entry) != "forward":
+        return [str(number)]
+    return [f"{number}_{place}" for place in range(len(entry.objects("test_info")))]
 
 
 def kind_of(entry: Fields) -> str:
@@ -67,36 +68,28 @@ def kind_of(entry: Fields) -> str:
 
 
 def _questions(entry: Fields) -> list[Question]:
+    ids = question_ids(entry)
     if kind_of(entry) != "forward":
-        return [_choice_question(entry)]
-    query_of = _FORWARD[entry.text("task")]
-    return [
-        _forward_question(entry, place, query, query_of)
-        for place, query in enumerate(entry.objects("test_info"))
-    ]
+        return [_choice_question(entry, ids[0])]
+    asked = _FORWARD[entry.text("task")]
+    questions = []
+    for name, query in zip(ids, entry.objects("test_info"), strict=True):
+        text, answer = asked(entry, query)
+        questions.append(Question(name, text, query.time_s("realtime"), answer=answer))
+    return questions
 
 
-def _choice_question(entry: Fields) -> Question:
+def _choice_question(entry: Fields, question_id: str) -> Question:
     choices, right = plain_choices(entry.texts("options")), entry.integer("gt")
     if right >= len(choices):
         raise entry.wrong("gt", f"a place among the {len(choices)} options, from 0")
     return Question(
-        id=clip_id(entry),
+        id=question_id,
         text=entry.text("question").strip(),
         time_s=entry.time_s("realtime"),
         choices=choices,
         answer=choices[right],
     )
-
-
-def _forward_question(
-    entry: Fields,
-    place: int,
-    query: Fields,
-    query_of: Callable[[Fields, Fields], tuple[str, str]],
-) -> Question:
-    text, answer = query_of(entry, query)
-    return Question(clip_id(entry, place), text, query.time_s("realtime"), answer=answer)
 
 
 def _repetitions(entry: Fields, query: Fields) -> tuple[str, str]:

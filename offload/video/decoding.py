@@ -10,7 +10,7 @@ from offload.errors import ConfigError, StorageError
 from offload.video.types import Image
 
 if TYPE_CHECKING:
-    from av import FFmpegError, Packet, VideoFrame
+    from av import FFmpegError, Packet, VideoFrame, VideoStream
 
 _DEFAULT_FPS = 25
 """Of a bare stream that says nothing about its rate."""
@@ -119,23 +119,33 @@ class VideoReader:
         Raises
         ------
         StorageError
-            Nothing more can be read, and this is not the end.
+            Nothing more can be read, and this is not the end. What was read before has been
+            decoded and yielded.
         """
-        for packet in self._packets():
-            try:
-                frames = packet.decode()
-            except self._av.FFmpegError:
-                self._on_corrupt()
-                continue
-            for frame in frames:
-                if frame.is_corrupt:
-                    self._on_corrupt()
-                else:
-                    yield frame.time, frame
-
-    def _packets(self) -> Iterator["Packet"]:
         # The stream owns the decoder and its threads; to keep it would be to keep them.
         stream = self._container.streams.best("video")
+        try:
+            for packet in self._packets(stream):
+                yield from self._decode(stream, packet)
+        except StorageError:
+            yield from self._decode(stream, None)
+            raise
+
+    def _decode(
+        self, stream: "VideoStream", packet: "Packet[VideoStream] | None"
+    ) -> Iterator[tuple[float | None, "VideoFrame"]]:
+        try:
+            frames = stream.decode(packet)
+        except self._av.FFmpegError:
+            self._on_corrupt()
+            return
+        for frame in frames:
+            if frame.is_corrupt:
+                self._on_corrupt()
+            else:
+                yield frame.time, frame
+
+    def _packets(self, stream: "VideoStream") -> Iterator["Packet[VideoStream]"]:
         failures = 0
         while True:
             try:

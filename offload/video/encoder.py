@@ -21,9 +21,10 @@ _PIECE_UNITS = 16
 class StreamEncoder:
     """Puts frames behind a stream. One thread.
 
-    As ReKV does (arXiv 2503.00540, section 3.1): attention within a sliding window, the first tokens
-    always seen. Unlike it, the window is whole units before each unit, so that a result does not
-    depend on how many come together, and the first tokens are as far away as if nothing lay between.
+    As ReKV does (arXiv 2503.00540, section 3.1): attention within a sliding window, the first
+    tokens always seen. Unlike it, the window is whole units before each unit, so that a result does
+    not depend on how many come together, and the first tokens are as far away as if nothing lay
+    between.
 
     Parameters
     ----------

@@ -18,6 +18,9 @@ _LOG = logging.getLogger(__name__)
 _MAX_JUMP_S = 60.0
 """Forward. A camera that stands still for longer is rare, one that sets its clock is not."""
 
+_LOOK_US = "2000000"
+"""Microseconds of stream to look at when opening: cameras announce tracks that they never send."""
+
 _FIRST_DELAY_S = 0.25
 _LONGEST_DELAY_S = 5.0
 
@@ -73,8 +76,6 @@ class Connection:
         PyAV is not installed, or a limit is not positive.
     """
 
-    duration_s = None
-
     def __init__(
         self, address: Address, sampler: Sampler, *, timeout_s: float, reconnect: int
     ) -> None:
@@ -84,6 +85,7 @@ class Connection:
         if reconnect < 0:
             raise ConfigError(f"reconnect is {reconnect}; it must be a number of attempts, or 0")
         self.stats = SourceStats()
+        self.duration_s: float | None = None
         self.patience_s = timeout_s
         # To open is two calls of libav, to connect and to look at the streams, of half each.
         self.longest_call_s = timeout_s
@@ -133,7 +135,7 @@ class Connection:
                 self._address.url,
                 on_corrupt=self._count_corrupt,
                 demuxer=self._address.demuxer,
-                options=self._address.options,
+                options={"analyzeduration": _LOOK_US, **self._address.options},
                 timeout_s=self.patience_s / 2,
             )
         except StorageError as error:
@@ -146,7 +148,8 @@ class Connection:
             reader.close()
 
     def _read(self, reader: VideoReader, queue: LiveQueue) -> _Loss | None:
-        is_recording = reader.duration_s is not None
+        self.duration_s = reader.duration_s
+        is_recording = self.duration_s is not None
         if is_recording and self._lost is not None and self._lost.is_clean:
             # A stream that ended, and now has a length, would be played from its beginning.
             return None

@@ -17,6 +17,15 @@ Policy = Literal["block", "drop_oldest", "drop_newest"]
 """What happens to a frame that finds the queue full."""
 
 
+def check_queue(policy: str, queue_frames: int) -> None:
+    """Raise ConfigError unless there is such a policy and room for a frame."""
+    if policy not in get_args(Policy):
+        known = ", ".join(get_args(Policy))
+        raise ConfigError(f"policy is {policy!r}; it must be one of {known}")
+    if queue_frames < 1:
+        raise ConfigError(f"queue_frames is {queue_frames}; it must be at least 1")
+
+
 class LiveQueue:
     """Frames from one feeding thread to one consuming thread; anybody may close it.
 
@@ -50,11 +59,7 @@ class LiveQueue:
         *,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        if policy not in get_args(Policy):
-            known = ", ".join(get_args(Policy))
-            raise ConfigError(f"policy is {policy!r}; it must be one of {known}")
-        if max_frames < 1:
-            raise ConfigError(f"queue_frames is {max_frames}; at least 1 is needed")
+        check_queue(policy, max_frames)
         self._name = name
         self._stats = stats
         self._policy = policy

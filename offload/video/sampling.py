@@ -5,7 +5,7 @@ import math
 from offload.errors import ConfigError
 
 _TOLERANCE_S = 6e-4
-"""Containers that count in milliseconds (Matroska, FLV) round the time of a frame by half of one."""
+"""Matroska and FLV count milliseconds, and so round the time of a frame by up to half of one."""
 
 
 def check_rate(what: str, rate: float | None) -> None:

@@ -93,9 +93,7 @@ def evidence_score(
     frames; there, other rates compare frames with seconds.
     """
     step_s = _frame_s(evidence) if frame_s is None else frame_s
-    wanted = _merged(
-        window if window[0] < window[1] else _frame(*window, step_s) for window in windows
-    )
+    wanted = _merged(_widened(window, step_s) for window in windows)
     frames = [(seen.time_s, seen.time_s + step_s) for seen in evidence]
     seen = _merged(frames)
     common_s = sum(_overlap_s(span, window) for span in seen for window in wanted)
@@ -111,10 +109,14 @@ def percentiles(values: Iterable[float], points: Sequence[int] = (50, 90, 99)) -
     ordered = sorted(values)
     if not ordered:
         return {}
-    cuts = statistics.quantiles(
-        [*ordered, *ordered[-1:]] if len(ordered) == 1 else ordered, n=100, method="inclusive"
-    )
-    return {f"p{point}": cuts[point - 1] for point in points}
+    return {f"p{point}": _at(ordered, point / 100) for point in points}
+
+
+def _at(ordered: Sequence[float], share: float) -> float:
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def _frame_s(evidence: Sequence[Evidence]) -> float:
@@ -122,8 +124,10 @@ def _frame_s(evidence: Sequence[Evidence]) -> float:
     return statistics.median(steps) if steps else _FRAME_S
 
 
-def _frame(start_s: float, _end_s: float, step_s: float) -> Span:
-    first_s = start_s // step_s * step_s
+def _widened(window: Span, step_s: float) -> Span:
+    if window[0] < window[1]:
+        return window
+    first_s = window[0] // step_s * step_s
     return first_s, first_s + step_s
 
 

@@ -95,15 +95,18 @@ class Source(ABC, Iterator[Frame]):
     name : str
         For messages: the path or address, without its password.
     stats : SourceStats
-    duration_s : float or None
-        Length of the whole stream, where it is known.
     """
 
     def __init__(self, name: str, duration_s: float | None = None) -> None:
         self.name = name
         self.stats = SourceStats()
-        self.duration_s = duration_s
+        self._duration_s = duration_s
         self._is_closed = False
+
+    @property
+    def duration_s(self) -> float | None:
+        """Length of the whole stream, where it is known; a live one may get to know it."""
+        return self._duration_s
 
     def __next__(self) -> Frame:
         """Return the next frame.

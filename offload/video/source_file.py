@@ -33,14 +33,13 @@ class VideoFile(Source):
     """
 
     def __init__(self, path: Path, sampler: Sampler) -> None:
-        super().__init__(str(path))
         if path.stat().st_size == 0:
             raise ConfigError(f"{path}: asked for a video, found an empty file (0 bytes)")
         try:
             self._reader = VideoReader(f"file:{path}", on_corrupt=self._count, threads="AUTO")
         except StorageError as error:
             raise ConfigError(f"{path} cannot be read as a video: {error}") from error
-        self.duration_s = self._reader.duration_s
+        super().__init__(str(path), self._reader.duration_s)
         self._sampler = sampler
         self._frames = self._decode()
 
@@ -63,9 +62,8 @@ class VideoFile(Source):
                 else:
                     self.stats.skipped += 1
         except StorageError as error:
-            raise StorageError(
-                f"{self.name}, after {self.stats.decoded} frames: {error}"
-            ) from error
+            where = f"{self.name}, after {self.stats.decoded} frames"
+            raise StorageError(f"{where}: {error}") from error
         self._report(clock.time_s)
 
     def _report(self, end_s: float) -> None:

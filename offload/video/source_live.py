@@ -21,17 +21,24 @@ class Feed(Protocol):
     Attributes
     ----------
     stats : SourceStats
-    duration_s : float or None
-    patience_s : float or None
-        How long it may give no sign of life. None: for ever, it is not at fault.
-    longest_call_s : float
-        The longest it may not notice that the queue was closed.
     """
 
     stats: SourceStats
-    duration_s: float | None
-    patience_s: float | None
-    longest_call_s: float
+
+    @property
+    def duration_s(self) -> float | None:
+        """Length of the stream, if it is known by now."""
+        ...
+
+    @property
+    def patience_s(self) -> float | None:
+        """How long it may give no sign of life. None: for ever, waiting is what it does."""
+        ...
+
+    @property
+    def longest_call_s(self) -> float:
+        """The longest it may not notice that the queue was closed."""
+        ...
 
     def run(self, queue: LiveQueue) -> None:
         """Fill the queue until the stream ends or the queue is closed.
@@ -59,12 +66,16 @@ class LiveSource(Source):
     """
 
     def __init__(self, name: str, feed: Feed, queue: LiveQueue) -> None:
-        super().__init__(name, feed.duration_s)
+        super().__init__(name)
         self.stats = feed.stats
         self._feed = feed
         self._queue = queue
         self._thread = threading.Thread(target=self._run, name=f"offload-video {name}", daemon=True)
         self._thread.start()
+
+    @property
+    def duration_s(self) -> float | None:  # noqa: D102 - docstring inherited
+        return self._feed.duration_s
 
     def read_frame(self) -> Frame:  # noqa: D102 - docstring inherited
         frame = self._queue.get(self._feed.patience_s)

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class Pictures(Source):
         times_s = _modified_s(pictures) if fps is None else [k / fps for k in range(len(pictures))]
         super().__init__(name, times_s[-1] if fps is None else len(pictures) / fps)
         self._sampler = sampler
-        self._shots = iter(zip(times_s, pictures, strict=True))
+        self._shots: Iterator[tuple[float, Path]] = iter(zip(times_s, pictures, strict=True))
 
     def read_frame(self) -> Frame:  # noqa: D102 - docstring inherited
         for time_s, path in self._shots:

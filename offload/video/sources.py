@@ -9,7 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 from offload.errors import ConfigError
 from offload.video.live_connection import Address, Connection
 from offload.video.live_pacing import Pacing
-from offload.video.live_queue import LiveQueue, Policy
+from offload.video.live_queue import LiveQueue, Policy, check_queue
 from offload.video.sampling import Sampler, check_rate
 from offload.video.source import Source
 from offload.video.source_array import ArrayFile
@@ -75,6 +75,7 @@ def open_source(
     """
     sampler = Sampler(fps)
     check_rate("picture_fps", picture_fps)
+    check_queue(policy, queue_frames)
     address = _parse_address(str(spec), options or {})
     feed: Feed
     if address is not None:
@@ -102,7 +103,7 @@ def _open_recording(spec: str | Path, sampler: Sampler, picture_fps: float | Non
         return VideoFile(path, sampler)
     if not glob.has_magic(str(spec)):
         raise ConfigError(f"{spec}: there is no such file or folder, and it is no address")
-    paths = [Path(match) for match in glob.glob(str(spec), recursive=True)]  # noqa: PTH207
+    paths = [Path(match) for match in glob.glob(str(spec), recursive=True)]
     return Pictures(str(spec), paths, picture_fps or sampler.fps, sampler)
 
 

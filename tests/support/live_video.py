@@ -1,0 +1,88 @@
+"""A camera for tests: a process that sends files to whoever connects, when it is told to.
+
+It is a process, since libav and a sender in threads of one process have been seen to wait for each
+other. Orders are lines on its standard input, carried out one after the other.
+"""
+
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+
+class Camera:
+    """Starts the process and gives it orders, none of which waits. A context manager."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.live_video"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        assert self._process.stdout is not None
+        self.url = f"tcp://127.0.0.1:{int(self._process.stdout.readline())}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def accept(self) -> None:
+        """Wait for somebody to connect."""
+        self._order("accept")
+
+    def send(self, path: Path) -> None:
+        """Send a file to them."""
+        self._order(f"send {path}")
+
+    def hang_up(self) -> None:
+        """Close the connection, as at the end of a stream."""
+        self._order("hang_up")
+
+    def break_off(self) -> None:
+        """Reset the connection, as when a machine fails."""
+        self._order("break_off")
+
+    def go_away(self) -> None:
+        """Refuse connections from now on."""
+        self._order("go_away")
+
+    def _order(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+
+def _serve() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        print(listener.getsockname()[1], flush=True)
+        peer = socket.socket()
+        for line in sys.stdin:
+            order, _, argument = line.strip().partition(" ")
+            if order == "accept":
+                peer, _ = listener.accept()
+            elif order == "send":
+                peer.sendall(Path(argument).read_bytes())
+            elif order == "hang_up":
+                peer.close()
+            elif order == "break_off":
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                peer.close()
+            else:
+                listener.close()
+
+
+if __name__ == "__main__":
+    _serve()
