@@ -24,6 +24,8 @@ _OPTIONS = {
     "early": "early_budget",
     "channels": "channel_share",
     "group": "group_tokens",
+    "block": "block_tokens",
+    "memory": "memory_bytes",
     "workers": "workers_per_path",
 }
 """What may be written ``NAME=NUMBER`` after a policy, and what ``customised`` calls it."""

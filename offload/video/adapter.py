@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offload.errors import ConfigError
 from offload.video.types import Frame
 
 
@@ -21,10 +22,16 @@ class Unit:
     positions : Tensor, int64 [num_axes, num_tokens]
         From the beginning of the unit: 0 is where it starts, whatever came before.
     advance : int
-        How much further the next unit starts.
+        How much further text starts that follows it, on every axis.
     time_s : float
         Of its (first) frame.
     num_frames : int
+    step : tuple of float, optional
+        How much further the next unit starts, by axis; by ``advance`` on each if not given. The
+        last axis, from which ``advance`` counts, moves by whole numbers. The others need not:
+        positions are rounded down when they are added up.
+    added : Tensor, optional, shape (num_levels, num_tokens, hidden_size)
+        What is added to the states behind each of the first layers (DeepStack); zero for text.
     """
 
     embeds: Tensor
@@ -32,6 +39,8 @@ class Unit:
     advance: int
     time_s: float
     num_frames: int
+    step: tuple[float, ...] | None = None
+    added: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -90,7 +99,13 @@ class VideoAdapter(ABC):
 
     @abstractmethod
     def encode(self, frames: Sequence[Frame]) -> list[Unit]:
-        """Turn frames into units; as many as make whole ones, ``frames_per_unit`` each."""
+        """Turn frames into units; as many as make whole ones, ``frames_per_unit`` each.
+
+        Raises
+        ------
+        ConfigError
+            A frame is of a shape that the model cannot take.
+        """
 
     @abstractmethod
     def opening(self) -> list[int]:
@@ -124,8 +139,18 @@ class VideoAdapter(ABC):
         -------
         tuple of Tensor, shape (num_tokens, key_dim)
         """
-        cos, sin = self.text_model.rotary_emb(like, positions[:1])
+        ids = positions if self.num_axes == 1 else positions[:, None]
+        cos, sin = self.text_model.rotary_emb(like, ids)
         return cos[0], sin[0]
+
+    def added_inputs(self, added: Tensor) -> dict[str, Any]:
+        """Return the arguments by which the text model takes what units add (``Unit.added``)."""
+        raise ConfigError(f"{self.name}: its layers take nothing but embeddings")
+
+    def token_ids(self, text: str) -> list[int]:
+        """Return the tokens of a text, without any that the tokenizer puts around it."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return ids
 
     def is_end(self, token: int) -> bool:
         """Whether an answer ends with a token."""

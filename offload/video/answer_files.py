@@ -8,8 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from offload.errors import ClosedError, ConfigError
-from offload.tiers.syscalls import as_storage_error
+from offload.errors import ClosedError, ConfigError, StorageError
 from offload.video.answer_records import Record, from_object, to_line
 from offload.video.dataset_fields import parse_lines
 from offload.video.types import Answer
@@ -114,9 +113,14 @@ class AnswerFile:
         except BaseException as error:
             os.ftruncate(self._fd, size)
             if isinstance(error, OSError):
-                what = f"write of {len(content)} bytes to {self.path}"
-                raise as_storage_error(error, what) from error
+                raise self._failure(error, len(content)) from error
             raise
+
+    def _failure(self, error: OSError, num_bytes: int) -> StorageError:
+        # Brings torch, which a scorer of answers does without.
+        from offload.tiers.syscalls import as_storage_error
+
+        return as_storage_error(error, f"write of {num_bytes} bytes to {self.path}")
 
 
 def read_answers(path: Path) -> list[Record]:

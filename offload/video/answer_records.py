@@ -85,10 +85,6 @@ def from_object(fields: Fields) -> Record:
     ConfigError
         Names file, line and field.
     """
-    timings_ms = {
-        key: fields.number(name) for key, name in _TIMINGS.items() if fields.has(name)
-    } | fields.numbers("other_ms")
-    about = {name: fields.values[name] for name in _ABOUT if fields.has(name)}
     answer = Answer(
         question=Question(
             id=fields.text("id"),
@@ -101,13 +97,23 @@ def from_object(fields: Fields) -> Record:
         text=fields.string("answer"),
         evidence=tuple(map(_evidence, fields.objects("evidence"))),
         num_frames=fields.integer("frames_seen"),
-        timings_ms=timings_ms,
+        timings_ms=_timings_ms(fields),
         bytes_from={name: int(size) for name, size in fields.numbers("bytes_from").items()},
-        about=about | fields.nested("settings").values,
+        about=_about(fields),
     )
     return Record(
         answer, fields.optional(fields.string, "video"), fields.optional(fields.string, "task")
     )
+
+
+def _timings_ms(fields: Fields) -> dict[str, float]:
+    known = {key: fields.number(name) for key, name in _TIMINGS.items() if fields.has(name)}
+    return known | fields.numbers("other_ms")
+
+
+def _about(fields: Fields) -> dict[str, Any]:
+    known = {name: fields.values[name] for name in _ABOUT if fields.has(name)}
+    return known | fields.nested("settings").values
 
 
 def _evidence(fields: Fields) -> Evidence:

@@ -9,6 +9,7 @@ _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 _NUMBERS |= {"seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11, "twelve": 12}
 
+_DIGITS = re.compile(r"[0-9]{1,9}")
 _PRINTED = re.compile(r"\(?([A-Z])[.):]\s*")
 _MARK = "[.):,;\\]}。、]"
 # Each finds one letter; the first that finds one in a reply decides. Small letters need a mark of
@@ -20,6 +21,8 @@ _NAMED = re.compile(
     r"(?i:\b(?:answer|option|choice)\b(?:\s+(?:is|would\s+be|should\s+be))?)\W*"
     rf"(?:(?<=[(\[{{])([A-Za-z])(?!\w)|({_CAPITAL})|([a-z])(?=\s?{_MARK}|\s*$))"
 )
+_LEAD = re.compile(r"(?i)^(?:the )?(?:best |correct |right )?(?:answer|option|choice)(?: is)?:? ")
+_LETTERED = re.compile(r"^\W*([A-Za-z])\W+(.+)$", re.DOTALL)
 _BARE = re.compile(rf"^\W*({_CAPITAL})")
 _ENCLOSED = re.compile(r"[(\[{]\s*([A-Za-z])\s*[)\]}]")
 
@@ -85,14 +88,15 @@ def normalised(text: str) -> str:
 def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
     """Return which choice a model means.
 
-    In this order: the reply is the text of a choice; it is a letter, begins with one (``"C."``,
-    ``"c) red"``, ``"(C"``) or says which is the answer (``"Best option: (C"``); it has one letter
-    in brackets; it has the text of one choice in it, or is the beginning of one.
+    In this order: the reply is the text of a choice, with or without its letter; it is a letter,
+    begins with one (``"C."``, ``"c) red"``, ``"(C"``) or says which is the answer (``"Best option:
+    (C"``); it has one letter in brackets; it has the text of one choice in it, or is the beginning
+    of one; it begins with a capital that stands alone.
 
     Parameters
     ----------
     reply : str
-        What was generated; reasoning up to ``</think>`` does not count.
+        What was generated; reasoning, from ``<think>`` to ``</think>``, does not count.
     choices : sequence of str
 
     Returns
@@ -100,22 +104,18 @@ def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
     int or None
         From 0; of equal choices the first. None: no choice, or more than one, is meant.
     """
-    said = unicodedata.normalize("NFKC", _conclusion(reply)).replace("*", "").strip()
+    said = unicodedata.normalize("NFKC", _conclusion(reply)).replace("**", "").strip()
     texts = [normalised(choice) for choice in choices]
-    words = normalised(said)
-    if words and not _WHOLE.match(said):
-        if said in choices:
-            return choices.index(said)
-        if words in texts:
-            return texts.index(words)
+    place = _by_whole_text(said, choices, texts)
     for pattern in (_WHOLE, _LEADING, _NAMED):
-        place = _place(_letter(pattern.search(said)), choices)
-        if place is not None:
-            return place
+        if place is None:
+            place = _place(_letter(pattern.search(said)), choices)
+    if place is not None:
+        return place
     enclosed = {_place(letter, choices) for letter in _ENCLOSED.findall(said)} - {None}
     if len(enclosed) == 1:
         return enclosed.pop()
-    place = _by_text(words, texts)
+    place = _by_part_of_text(normalised(said), texts)
     return _place(_letter(_BARE.search(said)), choices) if place is None else place
 
 
@@ -131,12 +131,27 @@ def parse_yes_no(reply: str) -> bool | None:
 def parse_count(reply: str) -> int | None:
     """Return the only whole number in a reply, in digits or, to twelve, in words."""
     words = normalised(_conclusion(reply)).split()
-    numbers = {int(word) for word in words if word.isascii() and word.isdigit()}
+    numbers = {int(word) for word in words if _DIGITS.fullmatch(word)}
     numbers |= {_NUMBERS[word] for word in words if word in _NUMBERS}
     return numbers.pop() if len(numbers) == 1 else None
 
 
-def _by_text(words: str, texts: Sequence[str]) -> int | None:
+def _by_whole_text(said: str, choices: Sequence[str], texts: Sequence[str]) -> int | None:
+    if _WHOLE.match(said):
+        return None
+    if said in choices:
+        return choices.index(said)
+    body = normalised(_LEAD.sub("", said, count=1))
+    if body and body in texts:
+        return texts.index(body)
+    lettered = _LETTERED.match(said)
+    place = _place(lettered[1], choices) if lettered else None
+    if lettered is None or place is None:
+        return None
+    return place if normalised(lettered[2]) == texts[place] else None
+
+
+def _by_part_of_text(words: str, texts: Sequence[str]) -> int | None:
     inside = [text for text in texts if text and f" {text} " in f" {words} "]
     longest = max(inside, key=len, default="")
     if longest and all(text in longest for text in inside):
@@ -146,7 +161,7 @@ def _by_text(words: str, texts: Sequence[str]) -> int | None:
 
 
 def _conclusion(reply: str) -> str:
-    return reply.rpartition("</think>")[2]
+    return reply.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def _letter(match: re.Match[str] | None) -> str:

@@ -34,10 +34,10 @@ def read_ovobench(path: Path, data_root: Path | None = None) -> list[Item]:
     """
     items = ItemList(data_root)
     for entry in read_objects(path):
-        video = entry.text("video")
-        video_id = str(PurePosixPath(video).with_suffix(""))
+        video = PurePosixPath(entry.text("video"))
+        video_id = str(video.parent / video.stem)
         for question in _questions(entry):
-            items.add(video_id, video, question, task=entry.text("task"), where=entry.where)
+            items.add(video_id, str(video), question, task=entry.text("task"), where=entry.where)
     return items.by_video()
 
 
@@ -64,7 +64,8 @@ def kind_of(entry: Fields) -> str:
         return "realtime"
     if task in FORWARD_TASKS:
         return "forward"
-    raise entry.wrong("task", f"one of {BACKWARD_TASKS + REALTIME_TASKS + FORWARD_TASKS}")
+    known = ", ".join(BACKWARD_TASKS + REALTIME_TASKS + FORWARD_TASKS)
+    raise entry.wrong("task", f"one of {known}")
 
 
 def _questions(entry: Fields) -> list[Question]:

@@ -161,6 +161,10 @@ class VideoReader:
                     ) from None
             except self._av.FFmpegError as error:
                 raise StorageError(self._explain(error)) from None
+            except IndexError:
+                # At the end, PyAV also flushes streams that turned up on the way, as damage makes
+                # them do, and does not know them; its own come first and have been flushed.
+                return
             else:
                 return
 

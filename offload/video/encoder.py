@@ -65,7 +65,9 @@ class StreamEncoder:
         ready, self._waiting = self._waiting[:whole], self._waiting[whole:]
         units = self._adapter.encode(ready) if ready else []
         for start in range(0, len(units), _PIECE_UNITS):
-            self._run(units[start : start + _PIECE_UNITS])
+            some = units[start : start + _PIECE_UNITS]
+            self._run(some)
+            self._stream.thumbnails.add(ready[start * each : (start + len(some)) * each])
         return whole
 
     def extend(self, frames: Iterator[Frame]) -> Iterator[int]:
@@ -82,11 +84,13 @@ class StreamEncoder:
 
     def _run(self, units: Sequence[Unit]) -> None:
         stream = self._stream
+        embeds = torch.cat([unit.embeds for unit in units])
+        levels = [unit.added for unit in units if unit.added is not None]
+        assert len(levels) in (0, len(units))
+        added = torch.cat(levels, 1) if levels else None
         places = stream.begin(units)
         try:
-            layers.run(
-                self._adapter, torch.cat([unit.embeds for unit in units]), _Pass(self, places)
-            )
+            layers.run(self._adapter, embeds, _Pass(self, places), added)
         except BaseException:
             stream.undo(places)
             self._windows = {}
@@ -155,12 +159,12 @@ class _Pass(layers.Attends):
         self._adapter: VideoAdapter = self._stream.adapter
         self._places = places
         units = self._stream.units
-        first = units.places.index(places[0])
+        first = len(units.places) - len(places)
         self._is_opening = first == 0
         window = units.places[encoder.window_first : first]
         known = [*window, *places]
-        base = known[0].start
-        self._positions = torch.cat([each.positions + each.start - base for each in known], 1)
+        base = known[0].origin
+        self._positions = torch.cat([each.positions + each.origin - base for each in known], 1)
         self._num_new = sum(place.num_tokens for place in places)
         self._hidden = self._hide(known, first)
         self._near = self._distance(first)
@@ -211,6 +215,6 @@ class _Pass(layers.Attends):
         opening = units.places[0]
         for number, place in enumerate(self._places, first):
             seen = units.first_visible(number, self._encoder.window_tokens)
-            offset = place.start - units.places[seen].start + opening.advance
+            offset = place.origin - units.places[seen].origin + opening.advance
             parts.append(place.positions + offset)
         return torch.cat(parts, 1)

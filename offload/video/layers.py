@@ -47,7 +47,9 @@ class Attends(Protocol):
 _current: ContextVar[Attends] = ContextVar("offload_video_attention")
 
 
-def run(adapter: VideoAdapter, embeds: Tensor, attention: Attends) -> Tensor:
+def run(
+    adapter: VideoAdapter, embeds: Tensor, attention: Attends, added: Tensor | None = None
+) -> Tensor:
     """Run embeddings through the layers of a text model; return the last hidden states.
 
     Thread-safe as long as no two threads run the same model at a time.
@@ -57,18 +59,23 @@ def run(adapter: VideoAdapter, embeds: Tensor, attention: Attends) -> Tensor:
     adapter : VideoAdapter
     embeds : Tensor, shape (num_tokens, hidden_size)
     attention : Attends
+    added : Tensor, optional, shape (num_levels, num_tokens, hidden_size)
+        What is added to the states behind each of the first layers.
 
     Returns
     -------
     Tensor, shape (num_tokens, hidden_size)
     """
+    more = {} if added is None else adapter.added_inputs(added)
     model = adapter.text_model
     zeros = torch.zeros(adapter.num_axes, 1, len(embeds), dtype=torch.long, device=embeds.device)
     positions = zeros[0] if adapter.num_axes == 1 else zeros
     token = _current.set(attention)
     try:
         with torch.no_grad(), _attention_of(model):
-            found = model(inputs_embeds=embeds[None], position_ids=positions, use_cache=False)
+            found = model(
+                inputs_embeds=embeds[None], position_ids=positions, use_cache=False, **more
+            )
     finally:
         _current.reset(token)
     states: Tensor = found.last_hidden_state[0]

@@ -141,7 +141,7 @@ def read_context(stream: VideoStream, layer: int, units: Sequence[int]) -> Layer
     opening_keys, opening_values, opening_positions = stream.opening(layer)
     first = stream.units.places[0]
     places = [stream.units.places[1 + unit] for unit in units]
-    positions, end = laid_out(places, first.advance)
+    positions, end = laid_out(places, first.advance, len(first.positions))
     keys, values = stream.store.read(layer, [place.tokens for place in places])
     turned = rotated(
         stream.adapter,

@@ -6,6 +6,7 @@ for a letter; the reply itself stays in the file of answers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +52,8 @@ def write_result(result: Result, path: Path) -> None:
         unfinished.write_text(result.text, encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
         raise ConfigError(f"result to {path}: {error.strerror}") from error
 
 

@@ -19,7 +19,7 @@ def rotated(adapter: VideoAdapter, states: Tensor, positions: Tensor) -> Tensor:
     """
     if not states.shape[1]:
         return states
-    cos, sin = adapter.rotation(states, positions[:, None].to(states.device))
+    cos, sin = adapter.rotation(states, positions.to(states.device))
     width = cos.shape[-1]
     turned, rest = states[..., :width], states[..., width:]
     half = width // 2

@@ -15,7 +15,7 @@ def check_rate(what: str, rate: float | None) -> None:
 
 
 class Sampler:
-    """Takes the first frame that is shown at or after each of the times ``k / fps``.
+    """Takes the first frame that is shown at or after each of the times ``k / fps``, to a rounding.
 
     Times are those of the frames, so nothing drifts where a rate is odd or varies. Where the
     stream has fewer frames than asked for, each is taken once.

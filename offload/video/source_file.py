@@ -51,7 +51,9 @@ class VideoFile(Source):
         self._reader.close()
 
     def _decode(self) -> Generator[Frame]:
-        clock = StreamClock(self.name, self.duration_s or _HOUR_S, self._reader.start_s)
+        # The length in the header may be too short where the rate varies.
+        longest_step_s = max(self.duration_s or 0.0, _HOUR_S)
+        clock = StreamClock(self.name, longest_step_s, self._reader.start_s)
         try:
             for stamp_s, frame in self._reader.frames():
                 step_s = self._reader.period_s if self.stats.decoded else 0.0
@@ -64,6 +66,11 @@ class VideoFile(Source):
         except StorageError as error:
             where = f"{self.name}, after {self.stats.decoded} frames"
             raise StorageError(f"{where}: {error}") from error
+        if not self.stats.decoded:
+            raise StorageError(
+                f"{self.name}: not one frame in it could be decoded, "
+                f"{self.stats.corrupt} packets or frames are damaged"
+            )
         self._report(clock.time_s)
 
     def _report(self, end_s: float) -> None:

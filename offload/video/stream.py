@@ -9,6 +9,7 @@ from torch import Tensor
 from offload.video.adapter import Unit, VideoAdapter
 from offload.video.layers import check_model
 from offload.video.stream_store import StreamStore
+from offload.video.thumbnails import Thumbnails
 from offload.video.units import UnitPlace, UnitTable
 
 
@@ -57,6 +58,7 @@ class VideoStream:
             disk_path=disk_path,
             chunk_tokens=chunk_tokens,
         )
+        self.thumbnails = Thumbnails()
         self._means: dict[int, list[Tensor]] = {}
         self._stacked: dict[int, Tensor] = {}
         self._opening: dict[int, tuple[Tensor, Tensor]] = {}
@@ -97,6 +99,21 @@ class VideoStream:
         if known is None or len(known) < num_units:
             known = self._stacked[layer] = torch.stack(self._means[layer][: self.num_committed])
         return known[:num_units]
+
+    def restore(self, places: Sequence[UnitPlace], means: Mapping[int, Tensor]) -> None:
+        """Take over units whose keys and values the store has been given.
+
+        Parameters
+        ----------
+        places : sequence of UnitPlace
+        means : mapping of int to Tensor, shape (num_units, num_kv_heads, key_dim)
+            By layer.
+        """
+        self.units.places = list(places)
+        self.num_committed = len(places)
+        self._means = {layer: list(each.to(self.adapter.device)) for layer, each in means.items()}
+        for layer in means:
+            self._opening[layer] = self.store.read(layer, [places[0].tokens])
 
     def opening(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys, values and positions of the text before the first frame."""

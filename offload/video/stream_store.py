@@ -60,7 +60,7 @@ class StreamStore:
         layout = ChunkLayout(num_kv_heads, chunk_tokens, key_dim, value_dim, dtype)
         try:
             engine = Engine(self._config, layout, 1, num_layers, device)
-            self._runtime = Runtime(engine, num_layers, 1)
+            self.runtime = Runtime(engine, num_layers, 1)
         except BaseException:
             self._config.close_scratch()
             raise
@@ -71,14 +71,14 @@ class StreamStore:
     @property
     def num_tokens(self) -> int:
         """Tokens of the last layer, which has them last."""
-        layers = self._runtime.layers
+        layers = self.runtime.layers
         last = self.num_layers - 1
         return layers[last].num_tokens if last in layers else 0
 
     @property
     def engine(self) -> Engine:
         """The tiers."""
-        return self._runtime.engine
+        return self.runtime.engine
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Add tokens to a layer.
@@ -93,7 +93,7 @@ class StreamStore:
         CapacityError, StorageError
             The tiers cannot take them; the layer is as before.
         """
-        self._runtime.append(layer, keys[None], values[None])
+        self.runtime.append(layer, keys[None], values[None])
 
     def read(self, layer: int, ranges: Sequence[range]) -> tuple[Tensor, Tensor]:
         """Copy ranges of tokens to the device, one after the other.
@@ -130,27 +130,27 @@ class StreamStore:
 
     def truncate(self, num_tokens: int) -> None:
         """Keep the first tokens of every layer, where it has more."""
-        for layer, sequence in self._runtime.layers.items():
+        for layer, sequence in self.runtime.layers.items():
             if sequence.num_tokens > num_tokens:
-                self._runtime.crop(layer, num_tokens)
+                self.runtime.crop(layer, num_tokens)
 
     def stats(self) -> CacheStats:
         """Return what is where, and what has moved so far."""
-        return self._runtime.stats()
+        return self.runtime.stats()
 
     def flush(self) -> None:
         """Wait until everything written is on its tier."""
-        self._runtime.flush()
+        self.runtime.flush()
 
     def close(self) -> None:
         """Give up everything. Idempotent."""
         try:
-            self._runtime.close()
+            self.runtime.close()
         finally:
             self._config.close_scratch()
 
     def _copy(self, layer: int, wanted: dict[int, list[tuple[range, int]]], out: Tensor) -> None:
-        sequence, size = self._runtime.layers[layer], self._layout.chunk_tokens
+        sequence, size = self.runtime.layers[layer], self._layout.chunk_tokens
         store = self.engine.store
         store.reap()
         row = sequence.tables.rows[0]

@@ -1,5 +1,6 @@
 """Which tokens of a stream are which unit, and where each stands."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,9 @@ import torch
 from torch import Tensor
 
 from offload.video.adapter import Unit
+
+_ROUNDING = 1e-3
+"""Of a position: times of presentation are rounded, and a whole number may come out just below."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +22,11 @@ class UnitPlace:
     first_token, num_tokens : int
     positions : Tensor, int64 [num_axes, num_tokens]
         From the beginning of the unit.
-    start, advance : int
-        Its position from the beginning of the stream, and how much further the next one starts.
+    start : tuple of float
+        Its position from the beginning of the stream, by axis, before it is rounded down.
+    advance : int
+    step : tuple of float
+        How much further text starts that follows it, and the next unit; see ``Unit``.
     time_s : float
     first_frame, num_frames : int
     """
@@ -27,8 +34,9 @@ class UnitPlace:
     first_token: int
     num_tokens: int
     positions: Tensor
-    start: int
+    start: tuple[float, ...]
     advance: int
+    step: tuple[float, ...]
     time_s: float
     first_frame: int
     num_frames: int
@@ -37,6 +45,11 @@ class UnitPlace:
     def tokens(self) -> range:
         """Its tokens."""
         return range(self.first_token, self.first_token + self.num_tokens)
+
+    @property
+    def origin(self) -> Tensor:
+        """Where its positions count from, int64 [num_axes, 1]."""
+        return _whole(self.start)
 
 
 class UnitTable:
@@ -53,12 +66,14 @@ class UnitTable:
         added = []
         for unit in units:
             last = self.places[-1] if self.places else None
+            axes = len(unit.positions)
             place = UnitPlace(
                 0 if last is None else last.tokens.stop,
                 unit.num_tokens,
                 unit.positions.cpu(),
-                0 if last is None else last.start + last.advance,
+                (0.0,) * axes if last is None else _moved(last.start, last.step),
                 unit.advance,
+                (float(unit.advance),) * axes if unit.step is None else unit.step,
                 unit.time_s,
                 0 if last is None else last.first_frame + last.num_frames,
                 unit.num_frames,
@@ -90,19 +105,36 @@ class UnitTable:
         return first
 
 
-def laid_out(places: Sequence[UnitPlace], start: int) -> tuple[Tensor, int]:
+def laid_out(
+    places: Sequence[UnitPlace], start: int, num_axes: int = 1
+) -> tuple[Tensor, int]:
     """Put units one after the other, whatever lay between them.
+
+    Parameters
+    ----------
+    places : sequence of UnitPlace
+    start : int
+        Of the first one, on every axis.
+    num_axes : int
 
     Returns
     -------
     positions : Tensor, int64 [num_axes, num_tokens]
     end : int
-        Where what follows starts.
+        Where text that follows starts.
     """
-    parts = []
+    parts = [torch.empty(num_axes, 0, dtype=torch.long)]
+    at, end = (float(start),) * num_axes, start
     for place in places:
-        parts.append(place.positions + start)
-        start += place.advance
-    axes = places[0].positions.shape[0] if places else 1
-    empty = torch.empty(axes, 0, dtype=torch.long)
-    return torch.cat([empty, *parts], 1), start
+        parts.append(place.positions + _whole(at))
+        end = int(at[-1]) + place.advance
+        at = _moved(at, place.step)
+    return torch.cat(parts, 1), end
+
+
+def _moved(start: Sequence[float], step: Sequence[float]) -> tuple[float, ...]:
+    return tuple(at + by for at, by in zip(start, step, strict=True))
+
+
+def _whole(start: Sequence[float]) -> Tensor:
+    return torch.tensor([math.floor(at + _ROUNDING) for at in start])[:, None]

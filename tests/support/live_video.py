@@ -4,6 +4,7 @@ It is a process, since libav and a sender in threads of one process have been se
 other. Orders are lines on its standard input, carried out one after the other.
 """
 
+import contextlib
 import socket
 import struct
 import subprocess
@@ -59,6 +60,10 @@ class Camera:
         """Refuse connections from now on."""
         self._order("go_away")
 
+    def serve(self, path: Path) -> None:
+        """Send a file to everybody who connects from now on; this is the last order."""
+        self._order(f"serve {path}")
+
     def _order(self, line: str) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(line + "\n")
@@ -80,8 +85,20 @@ def _serve() -> None:
             elif order == "break_off":
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 peer.close()
+            elif order == "serve":
+                _serve_everybody(listener, Path(argument).read_bytes())
             else:
                 listener.close()
+
+
+def _serve_everybody(listener: socket.socket, content: bytes) -> None:
+    peers = []
+    while True:
+        peer, _ = listener.accept()
+        # Whoever has given up in the meantime is not there to take it.
+        with contextlib.suppress(ConnectionError):
+            peer.sendall(content)
+        peers.append(peer)
 
 
 if __name__ == "__main__":

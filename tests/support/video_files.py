@@ -17,10 +17,11 @@ _QUARTER_TURN_CLOCKWISE = (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
 
 
 def numbered_picture(number: int, width: int = 64, height: int = 48) -> Image:
-    """Black and white columns, the bits of the number; one row of pixels is enough to read it."""
+    """Black and white columns, the bits of the number, under noise that does not compress."""
     bits = number >> np.arange(_NUM_BITS) & 1
-    columns = bits[np.arange(width) * _NUM_BITS // width] * 255
-    return np.broadcast_to(columns[None, :, None], (height, width, 3)).astype(np.uint8)
+    columns = bits[np.arange(width) * _NUM_BITS // width] * 195
+    noise = np.random.default_rng(number).integers(0, 60, (height, width, 1))
+    return np.broadcast_to(columns[:, None] + noise, (height, width, 3)).astype(np.uint8)
 
 
 def read_number(image: Image) -> int:

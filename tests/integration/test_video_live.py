@@ -1,0 +1,228 @@
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from offload.errors import ClosedError, TransferError, TransferTimeout
+from offload.video.live_queue import Policy
+from offload.video.source import Source
+from offload.video.sources import open_source
+from offload.video.types import Frame
+from tests.support.live_video import Camera
+from tests.support.video_files import every, flip_bytes, read_number, write_video
+
+pytestmark = pytest.mark.leaks
+
+_PERIOD_S = 0.1
+_NUM_FRAMES = 30
+_WAIT_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two videos; the numbers in the frames of the second follow those of the first."""
+    folder = tmp_path_factory.mktemp("videos")
+    return [
+        write_video(folder / f"{k}.ts", every(_PERIOD_S, _NUM_FRAMES), first_number=k * _NUM_FRAMES)
+        for k in (0, 1)
+    ]
+
+
+@pytest.fixture
+def camera() -> Iterator[Camera]:
+    with Camera() as camera:
+        yield camera
+
+
+def _numbers(source: Source) -> list[int]:
+    return [read_number(frame.image) for frame in source]
+
+
+def _await_end_of_stream() -> None:
+    for thread in threading.enumerate():
+        if thread.name.startswith("offload-video"):
+            thread.join(_WAIT_S)
+            assert not thread.is_alive()
+
+
+def _next_after_silence(source: Source) -> Frame:
+    while True:
+        with contextlib.suppress(TransferTimeout):
+            return next(source)
+
+
+def test_live_stream_whose_sender_closes_it_loses_no_frame(
+    camera: Camera, videos: list[Path]
+) -> None:
+    with open_source(camera.url, reconnect=0) as source:
+        camera.accept()
+        camera.send(videos[0])
+        camera.hang_up()
+        frames = list(source)
+
+    assert [read_number(frame.image) for frame in frames] == list(range(_NUM_FRAMES))
+    assert [frame.time_s for frame in frames] == pytest.approx(every(_PERIOD_S, _NUM_FRAMES))
+    assert source.stats.gaps == []
+    assert source.duration_s is None
+
+
+def test_live_stream_is_sampled_by_its_times(camera: Camera, videos: list[Path]) -> None:
+    with open_source(camera.url, fps=1, reconnect=0) as source:
+        camera.accept()
+        camera.send(videos[0])
+        camera.hang_up()
+        assert _numbers(source) == [0, 10, 20]
+
+    assert (source.stats.decoded, source.stats.skipped) == (_NUM_FRAMES, _NUM_FRAMES - 3)
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_live_stream_that_was_lost_goes_on_after_a_gap(
+    camera: Camera, videos: list[Path], is_broken: bool
+) -> None:
+    start_s = time.monotonic()
+    with open_source(camera.url, reconnect=2) as source:
+        camera.accept()
+        camera.send(videos[0])
+        before = [next(source)]
+        if is_broken:
+            before += [next(source) for _ in range(_NUM_FRAMES // 2)]
+            camera.break_off()
+        else:
+            camera.hang_up()
+        camera.accept()
+        camera.send(videos[1])
+        camera.hang_up()
+        camera.go_away()
+        frames = before + list(source)
+
+    numbers = [read_number(frame.image) for frame in frames]
+    assert numbers == sorted(set(numbers))
+    assert numbers[-_NUM_FRAMES:] == list(range(_NUM_FRAMES, 2 * _NUM_FRAMES))
+    assert is_broken or numbers[:_NUM_FRAMES] == list(range(_NUM_FRAMES))
+    times_s = [frame.time_s for frame in frames]
+    assert times_s == sorted(times_s)
+    assert source.stats.reconnects == len(source.stats.gaps) == 1
+    gap = source.stats.gaps[0]
+    assert (gap.start_s, gap.end_s) == (times_s[-_NUM_FRAMES - 1], times_s[-_NUM_FRAMES])
+    assert 0 < gap.end_s - gap.start_s < time.monotonic() - start_s
+    assert source.stats.wall_s(gap.end_s) == gap.wall_end_s
+    assert ("reset" in gap.reason) == is_broken
+
+
+def test_live_stream_that_stays_away_after_a_failure_is_an_error(
+    camera: Camera, videos: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_source(camera.url, reconnect=1) as source, caplog.at_level(logging.WARNING):
+        camera.accept()
+        camera.send(videos[0])
+        next(source)
+        camera.go_away()
+        camera.break_off()
+        with pytest.raises(TransferError, match=rf"{camera.url}: .* frames before, 1 attempts"):
+            list(source)
+
+    assert "attempt 1 of 1 to connect again" in caplog.text
+
+
+def test_live_stream_that_is_not_there_is_an_error_without_its_password(camera: Camera) -> None:
+    camera.go_away()
+    url = camera.url.replace("//", "//me:secret@")
+
+    with (
+        open_source(url, reconnect=1) as source,
+        pytest.raises(
+            TransferError, match=r"tcp://me:\*\*\*@127.0.0.1:\d+: .*\(0 frames"
+        ) as caught,
+    ):
+        next(source)
+
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        ("block", range(_NUM_FRAMES)),
+        ("drop_oldest", range(_NUM_FRAMES - 4, _NUM_FRAMES)),
+        ("drop_newest", range(4)),
+    ],
+)
+def test_live_stream_with_a_slow_consumer_keeps_to_its_policy(
+    camera: Camera, videos: list[Path], policy: Policy, kept: range
+) -> None:
+    with open_source(camera.url, policy=policy, queue_frames=4, reconnect=0) as source:
+        camera.accept()
+        camera.send(videos[0])
+        camera.hang_up()
+        if policy != "block":
+            _await_end_of_stream()
+        assert _numbers(source) == list(kept)
+
+    assert source.stats.dropped == _NUM_FRAMES - len(kept)
+    assert source.stats.decoded == _NUM_FRAMES
+
+
+def test_live_stream_that_falls_silent_times_out_and_comes_back(
+    camera: Camera, videos: list[Path]
+) -> None:
+    with open_source(camera.url, timeout_s=1.0) as source:
+        camera.accept()
+        camera.send(videos[0])
+        before = [next(source) for _ in range(_NUM_FRAMES)]
+        with pytest.raises(TransferTimeout, match=f"{camera.url}: no frame for 1.0 s"):
+            next(source)
+        camera.serve(videos[1])
+        after = _next_after_silence(source)
+
+    assert [read_number(frame.image) for frame in before] == list(range(_NUM_FRAMES))
+    assert read_number(after.image) == _NUM_FRAMES
+    assert after.time_s > before[-1].time_s
+
+
+def test_live_stream_with_damage_leaves_out_and_counts_those_frames(
+    camera: Camera, tmp_path: Path
+) -> None:
+    video = write_video(tmp_path / "video.ts", every(_PERIOD_S, 60))
+    with open_source(camera.url, reconnect=0) as source:
+        camera.accept()
+        camera.send(flip_bytes(video, 0.4, 0.6, 50))
+        camera.hang_up()
+        numbers = _numbers(source)
+
+    assert source.stats.corrupt > 0
+    assert 40 < len(numbers) < 60
+    assert numbers[-10:] == list(range(50, 60))
+
+
+def test_live_stream_that_is_closed_in_a_read_ends_its_thread_in_time(
+    camera: Camera, videos: list[Path]
+) -> None:
+    source = open_source(camera.url, timeout_s=1.0)
+    camera.accept()
+    camera.send(videos[0])
+    list(zip(range(_NUM_FRAMES), source, strict=False))
+
+    start_s = time.monotonic()
+    source.close()
+
+    assert time.monotonic() - start_s < 1.0
+    with pytest.raises(ClosedError):
+        next(source)
+
+
+def test_live_stream_that_is_closed_by_another_thread_frees_its_consumer(camera: Camera) -> None:
+    source = open_source(camera.url, timeout_s=1.0)
+    camera.accept()
+    closing = threading.Thread(target=source.close)
+
+    closing.start()
+    with pytest.raises(ClosedError):
+        next(source)
+
+    closing.join(_WAIT_S)
+    assert not closing.is_alive()
