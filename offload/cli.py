@@ -11,7 +11,7 @@ from typing import Final
 
 from offload.errors import OffloadError
 
-_COMMANDS: Final = ("doctor", "demo", "generate", "sessions", "fsck", "bench", "eval")
+_COMMANDS: Final = ("doctor", "demo", "generate", "sessions", "fsck", "bench", "eval", "video")
 """Each is a module ``offload.cli_<name>`` with ``add_parser(subparsers)`` and ``run(args)``."""
 
 _EXIT_REFUSED: Final = 2

@@ -118,7 +118,7 @@ def find_video(video: str, data_root: Path | None) -> Path:
     if data_root is not None:
         tried = [data_root.joinpath(*parts[start:]) for start in range(len(parts))] + tried
     for path in tried:
-        forms = map(path.with_suffix, _SUFFIXES) if path.name else ()
+        forms = [path.with_suffix(suffix) for suffix in _SUFFIXES if path.name]
         for candidate in (path, *forms):
             if candidate.is_file():
                 return candidate

@@ -113,6 +113,13 @@ class VideoReader:
         duration = self._container.duration
         return None if duration is None else duration / self._av.time_base
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether its length is known, in seconds or bytes, so that its end is no interruption."""
+        # The bytes that a playlist has say nothing about those that it will list.
+        is_playlist = self._container.format.name in ("hls", "dash")
+        return self.duration_s is not None or (self._container.size > 0 and not is_playlist)
+
     def frames(self) -> Iterator[tuple[float | None, "VideoFrame"]]:
         """Yield timestamps in seconds (None where missing) and frames, in order of presentation.
 
@@ -143,7 +150,9 @@ class VideoReader:
             if frame.is_corrupt:
                 self._on_corrupt()
             else:
-                yield frame.time, frame
+                # By the clock of the stream: frames that are flushed do not know theirs.
+                is_timed = frame.pts is not None and stream.time_base is not None
+                yield float(frame.pts * stream.time_base) if is_timed else None, frame
 
     def _packets(self, stream: "VideoStream") -> Iterator["Packet[VideoStream]"]:
         failures = 0

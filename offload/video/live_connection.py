@@ -21,6 +21,10 @@ _MAX_JUMP_S = 60.0
 _LOOK_US = "2000000"
 """Microseconds of stream to look at when opening: cameras announce tracks that they never send."""
 
+_STEADY_S = 10.0
+"""A connection that lasts for less counts as a failed attempt, although it may bring frames: a
+sender that begins anew for everybody who connects would be asked for ever."""
+
 _FIRST_DELAY_S = 0.25
 _LONGEST_DELAY_S = 5.0
 
@@ -106,14 +110,15 @@ class Connection:
         """
         attempt = 0
         while True:
-            decoded = self.stats.decoded
+            decoded, start_s = self.stats.decoded, time.monotonic()
             loss = self._connect(queue)
             if loss is None or queue.is_closed:
                 return
             if self.stats.decoded > decoded:
-                attempt = 0
                 self._lost = loss
                 self._clock.restart()
+                if time.monotonic() - start_s > _STEADY_S:
+                    attempt = 0
             if attempt == self._reconnect:
                 self._give_up(loss)
                 return
@@ -149,8 +154,7 @@ class Connection:
 
     def _read(self, reader: VideoReader, queue: LiveQueue) -> _Loss | None:
         self.duration_s = reader.duration_s
-        is_recording = self.duration_s is not None
-        if is_recording and self._lost is not None and self._lost.is_clean:
+        if reader.is_recording and self._lost is not None and self._lost.is_clean:
             # A stream that ended, and now has a length, would be played from its beginning.
             return None
         for stamp_s, frame in reader.frames():
@@ -163,7 +167,7 @@ class Connection:
                 queue.put(Frame(time_s, to_image(frame)))
             else:
                 self.stats.skipped += 1
-        return None if is_recording else _Loss("the sender closed it", is_clean=True)
+        return None if reader.is_recording else _Loss("the sender closed it", is_clean=True)
 
     def _next_time_s(self, stamp_s: float | None) -> float:
         arrived_s = time.monotonic()

@@ -81,7 +81,7 @@ class QuestionPass(layers.Attends):
         """Keep what was chosen, and let go of what was said."""
         for context in self.contexts.values():
             context.own = []
-        self._said = 0
+        self._said = self._advance = 0
 
     def next(self, positions: Tensor, advance: int) -> None:
         """Say where the tokens of the next pass stand, from the end of what was said so far.

@@ -25,9 +25,8 @@ def rekv_csv(annotations: Path, answers: Mapping[str, Answer], model: str) -> Re
     Scores of choices and of evidence are percent. Evidence is scored only where the annotations
     have windows. Questions without an answer have no row.
     """
-    items = read_rekv(annotations)
     rows, missing = [], []
-    for item in items:
+    for item in read_rekv(annotations):
         for question in item.questions:
             if question.id not in answers:
                 missing.append(question.id)
@@ -56,8 +55,8 @@ def egoschema_csv(annotations: Path, answers: Mapping[str, Answer], model: str) 
 
 
 def _rekv_row(question: Question, answer: Answer) -> dict[str, Any]:
-    reply = answer.text.replace("\n", "")
     if not question.choices:
+        reply = answer.text.replace("\n", " ").strip()
         return {"question": question.text, "answer": question.answer, "pred_answer": reply}
     letter = chosen_letter(answer.text, question.choices) or NO_LETTER
     right = question.answer and letter_of(question.choices.index(question.answer))
@@ -67,7 +66,7 @@ def _rekv_row(question: Question, answer: Answer) -> dict[str, Any]:
         "choices": list(question.choices),
         "answer": question.answer,
         "correct_choice": right,
-        "pred_answer": reply or NO_LETTER,
+        "pred_answer": letter,
         "pred_choice": letter,
         "qa_acc": accuracy,
     }

@@ -110,7 +110,7 @@ def _open_recording(spec: str | Path, sampler: Sampler, picture_fps: float | Non
 def _parse_address(spec: str, options: Mapping[str, str]) -> Address | None:
     kind, separator, rest = spec.partition(":")
     if kind == "webcam" and separator:
-        return _parse_webcam(spec, rest, options)
+        return _parse_webcam(spec, rest or "0", options)
     if not rest.startswith("//"):
         return None
     if kind not in SCHEMES:

@@ -1,5 +1,8 @@
 import contextlib
 import logging
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from offload.video.live_queue import Policy
 from offload.video.source import Source
 from offload.video.sources import open_source
 from offload.video.types import Frame
-from tests.support.live_video import Camera
+from tests.support.live_video import Camera, publisher
 from tests.support.video_files import every, flip_bytes, read_number, write_video
 
 pytestmark = pytest.mark.leaks
@@ -36,6 +39,19 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def camera() -> Iterator[Camera]:
     with Camera() as camera:
         yield camera
+
+
+@pytest.fixture
+def web_server(tmp_path: Path) -> Iterator[str]:
+    """Serve the directory of the test from a process of its own."""
+    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
+        assert server.stdout is not None
+        port = server.stdout.readline().split(" port ")[1].split()[0]
+        yield f"http://127.0.0.1:{port}"
+        server.kill()
 
 
 def _numbers(source: Source) -> list[int]:
@@ -114,6 +130,61 @@ def test_live_stream_that_was_lost_goes_on_after_a_gap(
     assert ("reset" in gap.reason) == is_broken
 
 
+def test_live_stream_that_ends_again_at_once_is_not_asked_for_ever(
+    camera: Camera, videos: list[Path]
+) -> None:
+    with open_source(camera.url, reconnect=2) as source:
+        for _ in range(3):
+            camera.accept()
+            camera.send(videos[0])
+            camera.hang_up()
+        numbers = _numbers(source)
+
+    assert numbers == list(range(_NUM_FRAMES)) * 3
+    assert source.stats.reconnects == 2
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".mp4"])
+def test_recording_over_http_ends_where_it_ends(
+    web_server: str, tmp_path: Path, suffix: str
+) -> None:
+    write_video(tmp_path / f"video{suffix}", every(_PERIOD_S, _NUM_FRAMES))
+
+    with open_source(f"{web_server}/video{suffix}") as source:
+        assert _numbers(source) == list(range(_NUM_FRAMES))
+
+    assert source.stats.reconnects == 0
+
+
+def test_rtsp_stream_loses_no_frame(videos: list[Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"rtsp://127.0.0.1:{free.getsockname()[1]}/live"
+    listening = {"rtsp_flags": "listen", "listen_timeout": "10"}
+
+    with (
+        open_source(url, reconnect=0, timeout_s=20.0, options=listening) as source,
+        publisher(videos[0], url),
+    ):
+        frames = list(source)
+
+    assert [read_number(frame.image) for frame in frames] == list(range(_NUM_FRAMES))
+    times_s = [frame.time_s for frame in frames]
+    assert times_s == pytest.approx(every(_PERIOD_S, _NUM_FRAMES), abs=1e-3)
+
+
+def test_live_stream_that_is_closed_early_accounts_for_every_frame(
+    camera: Camera, videos: list[Path]
+) -> None:
+    with open_source(camera.url, fps=5, queue_frames=4) as source:
+        camera.accept()
+        camera.send(videos[0])
+        next(source)
+
+    stats = source.stats
+    assert stats.yielded == 1
+    assert stats.decoded == stats.skipped + stats.dropped + stats.yielded
+
+
 def test_live_stream_that_stays_away_after_a_failure_is_an_error(
     camera: Camera, videos: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -181,7 +252,9 @@ def test_live_stream_that_falls_silent_times_out_and_comes_back(
 
     assert [read_number(frame.image) for frame in before] == list(range(_NUM_FRAMES))
     assert read_number(after.image) == _NUM_FRAMES
-    assert after.time_s > before[-1].time_s
+    times_s = [frame.time_s for frame in before]
+    assert times_s == pytest.approx(every(_PERIOD_S, _NUM_FRAMES))
+    assert after.time_s > times_s[-1]
 
 
 def test_live_stream_with_damage_leaves_out_and_counts_those_frames(

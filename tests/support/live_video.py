@@ -1,7 +1,7 @@
-"""A camera for tests: a process that sends files to whoever connects, when it is told to.
+"""Cameras for tests: one sends files to whoever connects when it is told to, one publishes RTSP.
 
-It is a process, since libav and a sender in threads of one process have been seen to wait for each
-other. Orders are lines on its standard input, carried out one after the other.
+They are processes, since libav and a sender in threads of one process have been seen to wait for
+each other. Orders are lines on standard input, carried out one after the other.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -101,5 +102,33 @@ def _serve_everybody(listener: socket.socket, content: bytes) -> None:
         peers.append(peer)
 
 
+@contextlib.contextmanager
+def publisher(path: Path, url: str) -> Iterator[None]:
+    """Publish a video by RTSP, once, as soon as somebody listens at the address."""
+    command = [sys.executable, "-m", "tests.support.live_video", str(path), url]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def _publish(path: str, url: str) -> None:
+    import av
+
+    with av.open(path) as video:
+        while True:
+            container = av.open(url, "w", format="rtsp", options={"rtsp_transport": "tcp"})
+            stream = container.add_stream_from_template(video.streams.video[0])
+            with contextlib.suppress(av.ConnectionRefusedError):
+                container.start_encoding()
+                break
+        for packet in video.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                container.mux(packet)
+        container.close()
+
+
 if __name__ == "__main__":
-    _serve()
+    _publish(*sys.argv[1:]) if sys.argv[1:] else _serve()

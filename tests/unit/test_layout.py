@@ -44,6 +44,7 @@ HUGGING_FACE = {
     "cli_generate",
     "cli_resume",
     "cli_text",
+    "cli_video",
     "demo",
     "demo_report",
     "evals",

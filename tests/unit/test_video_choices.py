@@ -43,7 +43,7 @@ ACTIONS = ("A man is running", "A man is walking", "I am not sure", "Nothing")
         ("Option B", 1),
         ("I would say (B) fits best", 1),
         ("C。", 2),
-        ("（C）", 2),
+        ("\uff08C\uff09", 2),
         ("<think>(A) or (B)?</think>\nC", 2),
         (r"\boxed{C}", 2),
         ("the red one", 2),

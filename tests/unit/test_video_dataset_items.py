@@ -92,7 +92,7 @@ def test_dataset_is_found_by_its_name(name: str) -> None:
 
 
 def test_dataset_of_an_unknown_name_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ConfigError, match="no dataset 'msvd'; there are rvs_ego, .*ovobench"):
+    with pytest.raises(ConfigError, match=r"no dataset 'msvd'; there are rvs_ego, .*ovobench"):
         dataset("msvd")
 
 

@@ -19,18 +19,17 @@ RVS = {
         {"question": "Third?", "answer": "A pen.", "start_time": 300, "end_time": 600},
     ],
 }
+PAN = {
+    "question": "Where is the pan?",
+    "choices": ["on the stove", "in the sink", "on the floor", "in a box"],
+    "answer": "in the sink",
+    "temporal_windows": [[4, 6], [10.5, 12]],
+}
 QAEGO4D = {
     "video_id": "kitchen",
     "video_path": "data/qaego4d/videos/kitchen.mp4",
     "duration": 480,
-    "conversations": [
-        {
-            "question": "Where is the pan?",
-            "choices": ["on the stove", "in the sink", "on the floor", "in a box"],
-            "answer": "in the sink",
-            "temporal_windows": [[4, 6], [10.5, 12]],
-        }
-    ],
+    "conversations": [PAN],
 }
 MLVU = {
     "video_id": "film_3",
@@ -145,8 +144,7 @@ def test_rekv_question_whose_answer_is_kept_back_has_none(tmp_path: Path) -> Non
 def test_rekv_question_with_a_wrong_field_is_refused_by_file_entry_and_field(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    [good] = QAEGO4D["conversations"]  # type: ignore[misc]
-    path = annotations(tmp_path, QAEGO4D | {"conversations": [good | change]})
+    path = annotations(tmp_path, QAEGO4D | {"conversations": [PAN | change]})
     with pytest.raises(ConfigError, match=rf"annotations\.json.*{message}"):
         read_rekv(path)
 

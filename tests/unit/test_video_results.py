@@ -62,7 +62,7 @@ def test_rekv_csv_of_choices_has_the_columns_its_scorer_reads(tmp_path: Path) ->
         "choices": "['on the stove', 'in the sink']",
         "answer": "in the sink",
         "correct_choice": "B",
-        "pred_answer": "(B) inthe sink",
+        "pred_answer": "B",
         "pred_choice": "B",
         "qa_acc": "100.0",
         "task": "plotQA",
@@ -84,7 +84,7 @@ def test_rekv_csv_with_windows_has_percent_of_evidence_too(tmp_path: Path) -> No
 def test_rekv_csv_of_open_questions_has_reply_and_answer(tmp_path: Path) -> None:
     asked = {"question": "What is it?", "answer": "A cup.", "start_time": 0, "end_time": 30}
     result = convert(
-        tmp_path, "rvs_ego", [conversation("ego", asked, asked)], answers({"ego/1": "A mug, blue"})
+        tmp_path, "rvs_ego", [conversation("ego", asked, asked)], answers({"ego/1": "A mug,\nblue"})
     )
     assert rows(result) == [
         {
@@ -187,7 +187,7 @@ def ovo(number: int, task: str, **fields: Any) -> dict[str, Any]:
 
 
 CHOSEN = {"realtime": 5, "question": "What?", "answer": "-", "options": ["x y", "z", "w"], "gt": 2}
-COUNTED = {
+COUNTED: dict[str, Any] = {
     "activity": "jump",
     "start_times": [1],
     "end_times": [2],
@@ -246,6 +246,6 @@ def test_result_file_replaces_what_was_there_and_leaves_nothing_else(tmp_path: P
 def test_result_file_that_cannot_be_written_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ConfigError, match="result to .*: "):
+    with pytest.raises(ConfigError, match=r"result to .*: "):
         write_result(Result("text", 1, ()), tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

@@ -1,0 +1,21 @@
+"""The small model of BadgeWorld, ready to stream."""
+
+import torch
+
+from offload.video.badge_model import load_badge_model
+from offload.video.llava_onevision import LlavaOnevision
+
+_HALF = (0.5, 0.5, 0.5)
+
+
+def badge_adapter(
+    dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> LlavaOnevision:
+    """Return an adapter of the model that ships with the package.
+
+    Its prompt is nothing but frames and a question of single words (docs/badge-world.md).
+    """
+    model, tokenizer = load_badge_model(dtype)
+    if device is not None:
+        model.to(device)
+    return LlavaOnevision(model, tokenizer, templates=("", ""), mean=_HALF, std=_HALF)

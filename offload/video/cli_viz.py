@@ -1,0 +1,43 @@
+"""``offload video viz``: draw the evidence of answers that were written earlier."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from offload.video.answer_files import read_answers
+from offload.video.cli_common import add_model_options, open_adapter, open_root, stream_options
+from offload.video.evidence import draw_all
+from offload.video.stream_session import StreamSession
+
+
+def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
+    """Register the command."""
+    text = "Draw the frames that answers rest on, and when they were shown."
+    parser = kinds.add_parser(name, help="draw the evidence of answers", description=text)
+    parser.add_argument("name", help="of the stream")
+    parser.add_argument("answers", type=Path, help="a file that `offload video ask --out` wrote")
+    parser.add_argument("folder", type=Path, help="where the pictures go")
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw a sheet of frames and a timeline for each answer.
+
+    Raises
+    ------
+    ConfigError
+        There is no such stream or file, or Pillow or matplotlib are missing.
+    """
+    adapter, store = open_adapter(args), open_root(args)
+    try:
+        session = StreamSession.load(adapter, args.name, store, **stream_options(args))
+        try:
+            stream = session.stream
+            answers = [record.answer for record in read_answers(args.answers)]
+            made = draw_all(answers, stream.thumbnails, args.folder, stream.units.places[-1].time_s)
+        finally:
+            session.close()
+    finally:
+        store.close()
+    Console(markup=False).print("\n".join(map(str, made)))

@@ -1,0 +1,178 @@
+"""Every kind of video model: a stream in pieces is the same as one forward over the whole prompt.
+
+The prompt, its token types and its grids come from transformers' own processor, the positions from
+the model itself, and the pixels from a few lines of numpy.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from offload.video import layers
+from offload.video.answerer import Answerer
+from offload.video.encoder import StreamEncoder
+from offload.video.question_pass import QuestionPass
+from offload.video.retrieval import RetrievalPlan
+from offload.video.rotate import rotated
+from offload.video.stream import VideoStream
+from offload.video.types import Frame, Question
+from tests.support.tiny_video_models import (
+    KINDS,
+    make_frames,
+    plain_pixels,
+    text_of,
+    tiny_adapter,
+    tiny_video_model,
+    whole_prompt,
+)
+
+_COUNT = 24
+_WIDE = 10**6
+_QUESTION = "What was on the table?"
+_ROUNDING = 1e-5
+
+all_kinds = pytest.mark.parametrize("name", KINDS)
+
+
+class _Streams:
+    """Streams of a test, which end with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.open: list[VideoStream] = []
+
+    def encode(
+        self, name: str, frames: Sequence[Frame], pieces: int, window: int = _WIDE
+    ) -> VideoStream:
+        path = self._folder / str(len(self.open))
+        path.mkdir()
+        stream = VideoStream(
+            tiny_adapter(name),
+            tiers=["gpu", "disk"],
+            capacity={"gpu": "64KiB", "disk": "64MiB"},
+            disk_path=path,
+            chunk_tokens=16,
+        )
+        self.open.append(stream)
+        encoder = StreamEncoder(stream, window)
+        for start in range(0, len(frames), pieces):
+            encoder.add(frames[start : start + pieces])
+        return stream
+
+
+@pytest.fixture
+def streams(tmp_path: Path) -> Iterator[_Streams]:
+    found = _Streams(tmp_path)
+    yield found
+    for stream in found.open:
+        stream.close()
+
+
+def _frames(name: str, count: int = _COUNT, fps: float = 1.0) -> list[Frame]:
+    """Return frames that the adapter need not resize."""
+    return make_frames(count, fps, (32, 32) if name == "llava_onevision" else (32, 48))
+
+
+def _prompt(name: str, frames: Sequence[Frame], fps: float = 1.0) -> dict[str, Any]:
+    return whole_prompt(name, plain_pixels(name, frames), _QUESTION, fps)
+
+
+def _one_forward(name: str, prompt: dict[str, Any]) -> DynamicCache:
+    model = tiny_video_model(name)
+    cache = DynamicCache(config=model.config.text_config)
+    with torch.no_grad():
+        model(**prompt, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def _own_positions(name: str, prompt: dict[str, Any]) -> Tensor:
+    """Return the positions of a prompt as the model counts them, [num_axes, num_tokens]."""
+    ids = prompt["input_ids"]
+    if not name.startswith("qwen"):
+        return torch.arange(ids.shape[1])[None]
+    names = ("input_ids", "mm_token_type_ids", "video_grid_thw", "second_per_grid_ts")
+    wanted = {key: prompt[key] for key in names if key in prompt}
+    positions: Tensor = tiny_video_model(name).model.get_rope_index(**wanted)[0][:, 0]
+    return positions
+
+
+@all_kinds
+@pytest.mark.parametrize("pieces", [1, 7, _COUNT])
+def test_stream_in_pieces_with_a_wide_window_equals_one_forward_over_the_prompt(
+    name: str, pieces: int, streams: _Streams
+) -> None:
+    frames = _frames(name)
+    prompt = _prompt(name, frames)
+    stream = streams.encode(name, frames, pieces)
+    expected, positions = _one_forward(name, prompt), _own_positions(name, prompt)
+    count = stream.store.num_tokens
+    for layer in range(stream.store.num_layers):
+        keys, values = stream.store.read(layer, [range(count)])
+        turned = rotated(stream.adapter, keys, positions[:, :count])
+        one_shot = expected.layers[layer]
+        assert one_shot.keys is not None
+        assert one_shot.values is not None
+        torch.testing.assert_close(turned, one_shot.keys[0, :, :count], rtol=0, atol=_ROUNDING)
+        torch.testing.assert_close(values, one_shot.values[0, :, :count], rtol=0, atol=_ROUNDING)
+
+
+@all_kinds
+def test_question_behind_all_units_gets_the_logits_of_the_whole_prompt(
+    name: str, streams: _Streams
+) -> None:
+    frames = _frames(name)
+    prompt = _prompt(name, frames)
+    stream = streams.encode(name, frames, 7)
+    num_units = len(stream.units.places) - 1
+    asked = QuestionPass(stream, RetrievalPlan("recent", num_units), num_units, slice(0, 1))
+    closing, asking = stream.adapter.closing(), stream.adapter.asking(_QUESTION)
+    parts = [] if closing is None else [closing]
+    parts.append(stream.adapter.text([*asking[0], *asking[1]]))
+    starts = [sum(part.advance for part in parts[:number]) for number in range(len(parts))]
+    positions = [part.positions + start for part, start in zip(parts, starts, strict=True)]
+    asked.next(torch.cat(positions, 1), sum(part.advance for part in parts))
+    embeds = torch.cat([part.embeds for part in parts])
+    logits = stream.adapter.head(layers.run(stream.adapter, embeds, asked))
+    with torch.no_grad():
+        expected = tiny_video_model(name)(**prompt).logits[0, -len(embeds) :]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=_ROUNDING)
+
+
+@all_kinds
+@pytest.mark.parametrize("is_twice", [False, True], ids=["one pass", "two passes"])
+def test_answer_from_all_units_equals_generate_on_the_whole_prompt(
+    name: str, is_twice: bool, streams: _Streams
+) -> None:
+    frames = _frames(name)
+    prompt = _prompt(name, frames)
+    stream = streams.encode(name, frames, 7)
+    plan = RetrievalPlan("tokmax", _COUNT)
+    answerer = Answerer(stream, plan, max_tokens=8, is_twice=is_twice)
+    generated = tiny_video_model(name).generate(**prompt, max_new_tokens=8, do_sample=False)
+    answer = text_of(name, generated[0, prompt["input_ids"].shape[1] :].tolist())
+    assert len(set(answer)) >= 4
+    assert answerer.ask(Question("1", _QUESTION)).text == answer
+
+
+@all_kinds
+@pytest.mark.parametrize("window", [0, 45], ids=["no window", "small window"])
+def test_stream_with_a_small_window_is_the_same_whatever_the_pieces(
+    name: str, window: int, streams: _Streams
+) -> None:
+    frames = _frames(name)
+    wide, *narrow = (
+        streams.encode(name, frames, pieces, size)
+        for pieces, size in ((_COUNT, _WIDE), (1, window), (7, window), (_COUNT, window))
+    )
+    tokens = [range(wide.store.num_tokens)]
+    last = wide.store.num_layers - 1
+    everything = torch.cat(wide.store.read(last, tokens))
+    one, *others = (torch.cat(each.store.read(last, tokens)) for each in narrow)
+    assert float((one - everything).abs().max()) > 1e-2
+    for other in others:
+        torch.testing.assert_close(other, one, rtol=0, atol=_ROUNDING)
