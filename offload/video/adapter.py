@@ -85,12 +85,14 @@ class VideoAdapter(ABC):
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(self.text_model.parameters()).device
+        device: torch.device = next(self.text_model.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of its states."""
-        return next(self.text_model.parameters()).dtype
+        dtype: torch.dtype = next(self.text_model.parameters()).dtype
+        return dtype
 
     @property
     def num_axes(self) -> int:

@@ -17,5 +17,5 @@ def badge_adapter(
     """
     model, tokenizer = load_badge_model(dtype)
     if device is not None:
-        model.to(device)
+        torch.nn.Module.to(model, device)
     return LlavaOnevision(model, tokenizer, templates=("", ""), mean=_HALF, std=_HALF)

@@ -149,10 +149,11 @@ class VideoReader:
         for frame in frames:
             if frame.is_corrupt:
                 self._on_corrupt()
+            elif frame.pts is None or stream.time_base is None:
+                yield None, frame
             else:
                 # By the clock of the stream: frames that are flushed do not know theirs.
-                is_timed = frame.pts is not None and stream.time_base is not None
-                yield float(frame.pts * stream.time_base) if is_timed else None, frame
+                yield float(frame.pts * stream.time_base), frame
 
     def _packets(self, stream: "VideoStream") -> Iterator["Packet[VideoStream]"]:
         failures = 0

@@ -222,7 +222,7 @@ def tiny_video_model(name: str) -> Any:
     last token, decide what comes next. Other seeds give answers that repeat one letter.
     """
     model = transformers.AutoModelForImageTextToText.from_config(KINDS[name].config())
-    torch.manual_seed(4)
+    torch.manual_seed(1)
     model.float().eval().requires_grad_(requires_grad=False)
     for where, parameter in model.named_parameters():
         if parameter.dim() > 1:
