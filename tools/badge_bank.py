@@ -1,4 +1,4 @@
-"""Pictures to train and to examine the badge model on: drawn once, half of them through H.264.
+"""Pictures to train the badge model on: drawn once, half of them sent through H.264.
 
 What a badge looks like after a codec is learned from the codec itself, at several qualities.
 """
@@ -17,21 +17,21 @@ from torch import Tensor
 from offload.video.badge_world import COLOURS, NUM_BADGES, draw_badge, draw_idle, write_mp4
 from offload.video.types import Frame, Image
 
-NUM_COLOURS: Final = len(COLOURS)
+COLOUR_NAMES: Final = tuple(COLOURS)
 QUALITIES: Final = (18, 23, 28, 33)
-"""Constant rate factors, an eighth of the pictures each; the other half stays as drawn."""
+"""Constant rate factors, for an eighth of the pictures each; the other half stays as drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bank:
-    """Pictures and what they show: every badge ``num_drawings`` times, then as many idle frames.
+    """Pictures and what they show: every badge ``num_drawings`` times, then idle frames.
 
     Attributes
     ----------
     images : list of Image
-        Badge ``b`` is in rows ``b * num_drawings`` to ``(b + 1) * num_drawings``.
+        Badge ``b`` is in places ``b * num_drawings`` to ``(b + 1) * num_drawings``.
     colours : Tensor, shape (NUM_BADGES * num_drawings,), int64
-        Places in ``COLOURS``.
+        Places in ``COLOUR_NAMES``.
     num_drawings : int
     """
 
@@ -44,31 +44,27 @@ class Bank:
         """How many pictures show a badge; the others follow them."""
         return len(self.colours)
 
-    @property
-    def badges(self) -> Tensor:
-        """The badge in each picture that shows one, shape (num_shown,), int64."""
-        return torch.arange(NUM_BADGES).repeat_interleave(self.num_drawings)
-
 
 def draw_bank(num_drawings: int, num_idle: int, seed: int) -> Bank:
     rng = np.random.default_rng(seed)
-    names = list(COLOURS)
-    colours = rng.integers(NUM_COLOURS, size=NUM_BADGES * num_drawings)
+    colours = rng.integers(len(COLOUR_NAMES), size=NUM_BADGES * num_drawings)
     images = [
-        draw_badge(row // num_drawings, names[colour], rng) for row, colour in enumerate(colours)
+        draw_badge(place // num_drawings, COLOUR_NAMES[colour], rng)
+        for place, colour in enumerate(colours)
     ]
     images += [draw_idle(rng) for _ in range(num_idle)]
-    rows = rng.permutation(len(images))
     share = len(images) // (2 * len(QUALITIES))
+    shuffled = rng.permutation(len(images))
     for part, crf in enumerate(QUALITIES):
-        chosen = rows[part * share : (part + 1) * share]
-        for row, image in zip(chosen, compress([images[row] for row in chosen], crf), strict=True):
-            images[row] = image
+        places = shuffled[part * share : (part + 1) * share]
+        decoded = compress([images[place] for place in places], crf)
+        for place, image in zip(places, decoded, strict=True):
+            images[place] = image
     return Bank(images, torch.from_numpy(colours), num_drawings)
 
 
 def compress(images: Sequence[Image], crf: int) -> list[Image]:
-    """Return what is left of pictures after H.264."""
+    """Return what is left of a video after H.264."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bank.mp4"
         write_mp4(path, (Frame(float(i), image) for i, image in enumerate(images)), crf=crf)

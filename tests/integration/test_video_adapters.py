@@ -21,6 +21,7 @@ from offload.video.retrieval import RetrievalPlan
 from offload.video.rotate import rotated
 from offload.video.stream import VideoStream
 from offload.video.types import Frame, Question
+from offload.video.units import laid_out
 from tests.support.tiny_video_models import (
     KINDS,
     make_frames,
@@ -31,7 +32,7 @@ from tests.support.tiny_video_models import (
     whole_prompt,
 )
 
-_COUNT = 24
+_COUNT = 20
 _WIDE = 10**6
 _QUESTION = "What was on the table?"
 _ROUNDING = 1e-5
@@ -176,3 +177,80 @@ def test_stream_with_a_small_window_is_the_same_whatever_the_pieces(
     assert float((one - everything).abs().max()) > 1e-2
     for other in others:
         torch.testing.assert_close(other, one, rtol=0, atol=_ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_odd_last_frame_waits_until_its_partner_comes(name: str, streams: _Streams) -> None:
+    frames = _frames(name, 6)
+    stream = streams.encode(name, frames[:2], 1)
+    encoder = StreamEncoder(stream, _WIDE)
+    assert encoder.add(frames[2:5]) == 2
+    assert [place.num_frames for place in stream.units.places] == [0, 2, 2]
+    assert encoder.add(frames[5:]) == 2
+    whole = streams.encode(name, frames, 6)
+    assert stream.units.num_frames == whole.units.num_frames == 6
+    tokens = [range(whole.store.num_tokens)]
+    for ours, theirs in zip(stream.store.read(2, tokens), whole.store.read(2, tokens), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=_ROUNDING)
+
+
+@all_kinds
+def test_retrieved_units_stand_as_in_a_shorter_video_of_just_these(
+    name: str, streams: _Streams
+) -> None:
+    stream = streams.encode(name, _frames(name), _COUNT)
+    chosen = [1, 2, 5, 9]
+    places = [stream.units.places[1 + unit] for unit in chosen]
+    opening = stream.units.places[0]
+    positions, end = laid_out(places, opening.advance, stream.adapter.num_axes)
+    shorter = _cut(name, _prompt(name, _frames(name)), stream, chosen)
+    expected = _own_positions(name, shorter)
+    first, count = opening.num_tokens, positions.shape[1]
+    torch.testing.assert_close(positions, expected[:, first : first + count], rtol=0, atol=0)
+    assert expected[:, first + count].tolist() == [end] * stream.adapter.num_axes
+
+
+@pytest.mark.parametrize("fps", [0.25, 0.7, 1.0, 3.0, 30.0])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_positions_of_a_stream_are_the_models_own_at_any_rate(
+    name: str, fps: float, streams: _Streams
+) -> None:
+    frames = _frames(name, 12, fps)
+    stream = streams.encode(name, frames, 5)
+    expected = _own_positions(name, _prompt(name, frames, fps))
+    opening, *places = stream.units.places
+    ours = torch.cat([place.positions + place.origin for place in stream.units.places], 1)
+    torch.testing.assert_close(ours, expected[:, : ours.shape[1]], rtol=0, atol=0)
+    compact, end = laid_out(places, opening.advance, 3)
+    torch.testing.assert_close(compact, ours[:, opening.num_tokens :], rtol=0, atol=0)
+    assert expected[:, ours.shape[1]].tolist() == [end] * 3
+
+
+def test_stream_whose_pictures_change_size_goes_on(streams: _Streams) -> None:
+    frames = [*make_frames(4, 1.0, (32, 48)), *make_frames(4, 1.0, (64, 32))]
+    stream = streams.encode("qwen2_5_vl", frames, 8)
+    places = stream.units.places[1:]
+    assert [place.num_tokens for place in places] == [6, 6, 3, 3]
+    assert [place.positions.amax(1).tolist() for place in places[1:3]] == [[0, 1, 2], [0, 2, 0]]
+    answer = Answerer(stream, RetrievalPlan("recent", 3), max_tokens=2)
+    assert answer.ask(Question("1", _QUESTION)).num_frames == 8
+
+
+def _cut(
+    name: str, prompt: dict[str, Any], stream: VideoStream, chosen: Sequence[int]
+) -> dict[str, Any]:
+    """Return a prompt without the units that were not chosen."""
+    places = stream.units.places
+    kept = [*places[0].tokens]
+    for unit in chosen:
+        kept.extend(places[1 + unit].tokens)
+    kept.extend(range(places[-1].tokens.stop, prompt["input_ids"].shape[1]))
+    shorter = dict(prompt)
+    for key in ("input_ids", "mm_token_type_ids"):
+        if key in prompt:
+            shorter[key] = prompt[key][:, kept]
+    if "video_grid_thw" in prompt:
+        grid = prompt["video_grid_thw"].clone()
+        grid[:, 0] = len(chosen)
+        shorter["video_grid_thw"] = grid
+    return shorter
