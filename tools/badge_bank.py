@@ -69,4 +69,5 @@ def compress(images: Sequence[Image], crf: int) -> list[Image]:
         path = Path(folder) / "bank.mp4"
         write_mp4(path, (Frame(float(i), image) for i, image in enumerate(images)), crf=crf)
         with av.open(path) as container:
-            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            frames = container.decode(video=0)
+            return [np.asarray(frame.to_ndarray(format="rgb24"), np.uint8) for frame in frames]

@@ -80,12 +80,13 @@ class LanguagePhase:
         return loss, is_right.float().mean().item()
 
     def _batch(self, stage: Stage) -> tuple[Tensor, Tensor]:
-        """Return embedded videos (videos, tokens, hidden) and questions (videos, questions, tokens).
+        """Return embedded videos, (videos, tokens, hidden), and the token ids of ``ask``.
 
-        Every video starts with the first token of all and, half of the time, ends with a newline,
-        so that the model works with the newline of ``get_video_features`` and without.
+        Half of the time there is a first token before the frames, half of the time a newline after
+        them, so that the model works with either and without.
         """
         rng, bank = self._rng, self._bank
+        embed, newline = self._model.get_input_embeddings(), self._model.model.image_newline
         num_badges = max(1, round(stage.num_frames * rng.uniform(MIN_BADGE_SHARE, 1)))
         badges = self._shuffles(stage.num_videos, NUM_BADGES)[:, :num_badges]
         num_idle = stage.num_frames - badges.shape[1]
@@ -95,14 +96,13 @@ class LanguagePhase:
         )
         order = self._shuffles(stage.num_videos, stage.num_frames)
         frames = torch.cat([places, idle], dim=1).gather(1, order)
-        embed = self._model.get_input_embeddings()
-        first = embed(torch.full((stage.num_videos, 1), BOS_TOKEN_ID))
-        video = torch.cat([first, self._tokens[frames].flatten(1, 2)], dim=1)
+        pieces = [self._tokens[frames].flatten(1, 2)]
         if rng.random() < 0.5:
-            newline = self._model.model.image_newline.expand(stage.num_videos, 1, -1)
-            video = torch.cat([video, newline], dim=1)
+            pieces.insert(0, embed(torch.full((stage.num_videos, 1), BOS_TOKEN_ID)))
+        if rng.random() < 0.5:
+            pieces.append(newline.expand(stage.num_videos, 1, -1))
         phrase = rng.choice([PHRASES[0], rng.choice(PHRASES[1:])])
-        return video, ask(phrase, badges, bank.colours[places])
+        return torch.cat(pieces, dim=1), ask(phrase, badges, bank.colours[places])
 
     def _shuffles(self, num_rows: int, length: int) -> Tensor:
         return torch.rand(num_rows, length, generator=self._torch_rng).argsort(1)

@@ -2,7 +2,7 @@
 
     python -m tools.train_badge_model
 
-Minutes on two CPU cores, no network, nothing read: the pictures are drawn. Writes weights,
+Minutes on one CPU core, no network, nothing read: the pictures are drawn. Writes weights,
 configuration, tokenizer and ``training_log.jsonl`` into the output folder, then, unless
 ``--no-eval`` is given, ``eval.json``. Steps, not seconds, decide the schedule, so that a run does
 not depend on the speed of the machine.
@@ -75,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="more than one is rarely faster")
     parser.add_argument("--no-eval", action="store_true", help="stop after training")
     return parser.parse_args()
 

@@ -75,16 +75,13 @@ def draw_badge(badge: int, colour: str, rng: np.random.Generator) -> Image:
     ndarray, uint8 [FRAME_SIZE, FRAME_SIZE, 3], RGB
     """
     canvas = _clutter(rng)
-    plate_is_above = rng.random() < 0.5
     half = FRAME_SIZE // 2
-    top = rng.integers(half - _PLATE_HEIGHT + 1) + (0 if plate_is_above else half)
-    left = rng.integers(FRAME_SIZE - _PLATE_WIDTH + 1)
-    canvas[top : top + _PLATE_HEIGHT, left : left + _PLATE_WIDTH] = _plate(badge, rng)
-    height, width = rng.integers(10, half - 1), rng.integers(14, FRAME_SIZE - 3)
-    top = rng.integers(half - height + 1) + (half if plate_is_above else 0)
-    left = rng.integers(FRAME_SIZE - width + 1)
-    shade = np.array(COLOURS[colour]) + rng.integers(-10, 11, 3)
-    canvas[top : top + height, left : left + width] = shade
+    plate_half, block_half = (0, half) if rng.random() < 0.5 else (half, 0)
+    plate = _plate(badge, rng)
+    block = np.full((rng.integers(10, half - 1), rng.integers(14, FRAME_SIZE - 3), 3), 0)
+    block += rng.integers(-10, 11, 3) + COLOURS[colour]
+    _paste(canvas, plate, plate_half, rng)
+    _paste(canvas, block, block_half, rng)
     return _with_noise(canvas, rng)
 
 
@@ -199,10 +196,20 @@ def _draw_stream(num_frames: int, shown: dict[int, tuple[int, str]], seed: int) 
 def _clutter(rng: np.random.Generator) -> NDArray[np.int64]:
     canvas = np.full((FRAME_SIZE, FRAME_SIZE, 3), rng.integers(70, 170))
     for _ in range(5):
-        top, left = rng.integers(FRAME_SIZE - 4, size=2)
-        height, width = rng.integers(4, 17, 2)
+        top, left = rng.integers(FRAME_SIZE - 4), rng.integers(FRAME_SIZE - 4)
+        height, width = rng.integers(4, 17), rng.integers(4, 17)
         canvas[top : top + height, left : left + width] = rng.integers(50, 190)
     return canvas
+
+
+def _paste(
+    canvas: NDArray[np.int64], part: NDArray[np.int64], half: int, rng: np.random.Generator
+) -> None:
+    """Put a part anywhere in the upper or lower half, which starts at row ``half``."""
+    height, width, _ = part.shape
+    top = half + rng.integers(FRAME_SIZE // 2 - height + 1)
+    left = rng.integers(FRAME_SIZE - width + 1)
+    canvas[top : top + height, left : left + width] = part
 
 
 def _plate(badge: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -1,6 +1,7 @@
 """A live stream over a connection that may be lost and made again."""
 
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -77,15 +78,15 @@ class Connection:
     Raises
     ------
     ConfigError
-        PyAV is not installed, or a limit is not positive.
+        PyAV is not installed, or a limit makes no sense.
     """
 
     def __init__(
         self, address: Address, sampler: Sampler, *, timeout_s: float, reconnect: int
     ) -> None:
         require_av()
-        if timeout_s <= 0:
-            raise ConfigError(f"timeout_s is {timeout_s}; it must be positive")
+        if not 0 < timeout_s < threading.TIMEOUT_MAX:
+            raise ConfigError(f"timeout_s is {timeout_s}; it must be positive and finite")
         if reconnect < 0:
             raise ConfigError(f"reconnect is {reconnect}; it must be a number of attempts, or 0")
         self.stats = SourceStats()

@@ -67,5 +67,5 @@ def patches(pixels: Tensor, patch_size: int, merge_size: int) -> Tensor:
     rows, columns = (edge // (patch_size * merge_size) for edge in pixels.shape[2:])
     cut = pixels.unflatten(3, (columns, merge_size, patch_size))
     cut = cut.unflatten(2, (rows, merge_size, patch_size))
-    ordered = cut.permute(2, 5, 3, 6, 1, 0, 4, 7)
+    ordered: Tensor = cut.permute(2, 5, 3, 6, 1, 0, 4, 7)
     return ordered.flatten(4).flatten(0, 3)

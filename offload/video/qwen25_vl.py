@@ -12,7 +12,7 @@ _BEFORE = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 )
 _BEHIND = "<|vision_end|>"
-_LONGEST_S = 60.0
+_LONGEST_S = 600.0
 """Of a unit. A camera that was away for a day must not move what it saw before out of reach."""
 
 

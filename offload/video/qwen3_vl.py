@@ -17,8 +17,8 @@ _HALF = (0.5, 0.5, 0.5)
 class Qwen3VL(QwenVL):
     """An adapter of ``Qwen3VLForConditionalGeneration``.
 
-    A unit is ``<0.5 seconds><|vision_start|>``, its tokens, ``<|vision_end|>``: the time is the mean
-    of its frames', and the number of its digits makes units of different lengths.
+    A unit is ``<0.5 seconds><|vision_start|>``, its tokens, ``<|vision_end|>``: the time is the
+    mean of its frames', and the number of its digits makes units of different lengths.
 
     Parameters
     ----------

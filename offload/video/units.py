@@ -105,9 +105,7 @@ class UnitTable:
         return first
 
 
-def laid_out(
-    places: Sequence[UnitPlace], start: int, num_axes: int = 1
-) -> tuple[Tensor, int]:
+def laid_out(places: Sequence[UnitPlace], start: int, num_axes: int = 1) -> tuple[Tensor, int]:
     """Put units one after the other, whatever lay between them.
 
     Parameters

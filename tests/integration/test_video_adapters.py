@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from offload.video import layers
 from offload.video.answerer import Answerer
@@ -25,12 +26,11 @@ from offload.video.units import laid_out
 from tests.support.tiny_video_models import (
     KINDS,
     make_frames,
-    plain_pixels,
     text_of,
     tiny_adapter,
     tiny_video_model,
-    whole_prompt,
 )
+from tests.support.video_prompts import plain_frames, whole_prompt
 
 _COUNT = 20
 _WIDE = 10**6
@@ -74,13 +74,8 @@ def streams(tmp_path: Path) -> Iterator[_Streams]:
         stream.close()
 
 
-def _frames(name: str, count: int = _COUNT, fps: float = 1.0) -> list[Frame]:
-    """Return frames that the adapter need not resize."""
-    return make_frames(count, fps, (32, 32) if name == "llava_onevision" else (32, 48))
-
-
 def _prompt(name: str, frames: Sequence[Frame], fps: float = 1.0) -> dict[str, Any]:
-    return whole_prompt(name, plain_pixels(name, frames), _QUESTION, fps)
+    return whole_prompt(name, frames, _QUESTION, fps)
 
 
 def _one_forward(name: str, prompt: dict[str, Any]) -> DynamicCache:
@@ -107,7 +102,7 @@ def _own_positions(name: str, prompt: dict[str, Any]) -> Tensor:
 def test_stream_in_pieces_with_a_wide_window_equals_one_forward_over_the_prompt(
     name: str, pieces: int, streams: _Streams
 ) -> None:
-    frames = _frames(name)
+    frames = plain_frames(name, _COUNT)
     prompt = _prompt(name, frames)
     stream = streams.encode(name, frames, pieces)
     expected, positions = _one_forward(name, prompt), _own_positions(name, prompt)
@@ -116,6 +111,7 @@ def test_stream_in_pieces_with_a_wide_window_equals_one_forward_over_the_prompt(
         keys, values = stream.store.read(layer, [range(count)])
         turned = rotated(stream.adapter, keys, positions[:, :count])
         one_shot = expected.layers[layer]
+        assert isinstance(one_shot, DynamicLayer)
         assert one_shot.keys is not None
         assert one_shot.values is not None
         torch.testing.assert_close(turned, one_shot.keys[0, :, :count], rtol=0, atol=_ROUNDING)
@@ -126,7 +122,7 @@ def test_stream_in_pieces_with_a_wide_window_equals_one_forward_over_the_prompt(
 def test_question_behind_all_units_gets_the_logits_of_the_whole_prompt(
     name: str, streams: _Streams
 ) -> None:
-    frames = _frames(name)
+    frames = plain_frames(name, _COUNT)
     prompt = _prompt(name, frames)
     stream = streams.encode(name, frames, 7)
     num_units = len(stream.units.places) - 1
@@ -149,7 +145,7 @@ def test_question_behind_all_units_gets_the_logits_of_the_whole_prompt(
 def test_answer_from_all_units_equals_generate_on_the_whole_prompt(
     name: str, is_twice: bool, streams: _Streams
 ) -> None:
-    frames = _frames(name)
+    frames = plain_frames(name, _COUNT)
     prompt = _prompt(name, frames)
     stream = streams.encode(name, frames, 7)
     plan = RetrievalPlan("tokmax", _COUNT)
@@ -165,7 +161,7 @@ def test_answer_from_all_units_equals_generate_on_the_whole_prompt(
 def test_stream_with_a_small_window_is_the_same_whatever_the_pieces(
     name: str, window: int, streams: _Streams
 ) -> None:
-    frames = _frames(name)
+    frames = plain_frames(name, _COUNT)
     wide, *narrow = (
         streams.encode(name, frames, pieces, size)
         for pieces, size in ((_COUNT, _WIDE), (1, window), (7, window), (_COUNT, window))
@@ -181,7 +177,7 @@ def test_stream_with_a_small_window_is_the_same_whatever_the_pieces(
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
 def test_odd_last_frame_waits_until_its_partner_comes(name: str, streams: _Streams) -> None:
-    frames = _frames(name, 6)
+    frames = plain_frames(name, 6)
     stream = streams.encode(name, frames[:2], 1)
     encoder = StreamEncoder(stream, _WIDE)
     assert encoder.add(frames[2:5]) == 2
@@ -198,12 +194,12 @@ def test_odd_last_frame_waits_until_its_partner_comes(name: str, streams: _Strea
 def test_retrieved_units_stand_as_in_a_shorter_video_of_just_these(
     name: str, streams: _Streams
 ) -> None:
-    stream = streams.encode(name, _frames(name), _COUNT)
+    stream = streams.encode(name, plain_frames(name, _COUNT), _COUNT)
     chosen = [1, 2, 5, 9]
     places = [stream.units.places[1 + unit] for unit in chosen]
     opening = stream.units.places[0]
     positions, end = laid_out(places, opening.advance, stream.adapter.num_axes)
-    shorter = _cut(name, _prompt(name, _frames(name)), stream, chosen)
+    shorter = _cut(name, _prompt(name, plain_frames(name, _COUNT)), stream, chosen)
     expected = _own_positions(name, shorter)
     first, count = opening.num_tokens, positions.shape[1]
     torch.testing.assert_close(positions, expected[:, first : first + count], rtol=0, atol=0)
@@ -215,7 +211,7 @@ def test_retrieved_units_stand_as_in_a_shorter_video_of_just_these(
 def test_positions_of_a_stream_are_the_models_own_at_any_rate(
     name: str, fps: float, streams: _Streams
 ) -> None:
-    frames = _frames(name, 12, fps)
+    frames = plain_frames(name, 12, fps)
     stream = streams.encode(name, frames, 5)
     expected = _own_positions(name, _prompt(name, frames, fps))
     opening, *places = stream.units.places

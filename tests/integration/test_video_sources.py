@@ -292,6 +292,7 @@ def test_source_that_is_no_video_is_refused_at_once(
         ({"policy": "drop"}, "policy is 'drop'"),
         ({"queue_frames": 0}, "queue_frames is 0"),
         ({"timeout_s": 0}, "timeout_s is 0"),
+        ({"timeout_s": float("inf")}, "timeout_s is inf"),
         ({"reconnect": -1}, "reconnect is -1"),
     ],
 )

@@ -1,11 +1,6 @@
-"""Tiny random video models of every kind that streams, a tokenizer, and whole prompts of them.
-
-The prompts are made by transformers' own processors. They are given pixels that are resized and
-normalised, because only that part of them needs torchvision.
-"""
+"""Tiny random video models of every kind that streams, and a tokenizer of single letters."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,23 +8,8 @@ import numpy as np
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerFast
-from transformers.models.llava_next_video.processing_llava_next_video import (
-    LlavaNextVideoProcessor,
-)
-from transformers.models.llava_next_video.video_processing_llava_next_video import (
-    LlavaNextVideoVideoProcessor,
-)
-from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
-from transformers.models.llava_onevision.video_processing_llava_onevision import (
-    LlavaOnevisionVideoProcessor,
-)
-from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
-from transformers.video_utils import VideoMetadata
 
 from offload.video.adapter import VideoAdapter
 from offload.video.adapters import find_adapter
@@ -39,8 +19,9 @@ _SPECIAL = (
     *("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|video_pad|>", "<|image_pad|>", "<video>", "<image>"),
 )
-_LETTERS = tuple(map(chr, range(32, 127))) + ("\n",)
-_IDS = {token: number for number, token in enumerate((*_SPECIAL, *_LETTERS))}
+_IDS = {token: number for number, token in enumerate((*_SPECIAL, *map(chr, range(32, 127)), "\n"))}
+_GAINS = {"embed_tokens": 0.1, "down_proj": 1.5}
+
 _TEXT: dict[str, Any] = {
     "vocab_size": len(_IDS),
     "hidden_size": 64,
@@ -70,59 +51,16 @@ _QWEN_TOWER: dict[str, Any] = {
     "temporal_patch_size": 2,
     "out_hidden_size": 64,
 }
-_QWEN_IDS = {
+_LLAVA_IDS: dict[str, Any] = {
+    "video_token_index": _IDS["<video>"],
+    "image_token_index": _IDS["<image>"],
+}
+_QWEN_IDS: dict[str, Any] = {
     "video_token_id": _IDS["<|video_pad|>"],
     "image_token_id": _IDS["<|image_pad|>"],
     "vision_start_token_id": _IDS["<|vision_start|>"],
     "vision_end_token_id": _IDS["<|vision_end|>"],
 }
-_LLAVA_IDS = {"video_token_index": _IDS["<video>"], "image_token_index": _IDS["<image>"]}
-_QWEN_USER = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
-_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-_ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
-
-
-@dataclass(frozen=True, slots=True)
-class TinyKind:
-    """A row of the matrix.
-
-    Attributes
-    ----------
-    config : callable
-        Makes the configuration.
-    processor : callable
-        Makes transformers' processor, of a tokenizer.
-    prompt : str
-        A chat about a video, ``{}`` where the question goes.
-    options : dict
-        Of the adapter.
-    """
-
-    config: Callable[[], Any]
-    processor: Callable[[Any], Any]
-    prompt: str
-    options: dict[str, Any]
-
-
-def _without_torchvision(kind: type) -> Any:
-    """Return a processor class that takes parts whose registry needs torchvision."""
-    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})
-
-
-def _qwen25() -> Any:
-    text = {**_TEXT, "rope_parameters": _mrope([2, 3, 3]), "max_position_embeddings": 4096}
-    tower = {**_QWEN_TOWER, "fullatt_block_indexes": [1], "window_size": 32, "tokens_per_second": 2}
-    return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=tower, **_QWEN_IDS)
-
-
-def _qwen3() -> Any:
-    text = {**_TEXT, "head_dim": 16, "rope_parameters": _mrope([4, 2, 2])}
-    tower = {**_QWEN_TOWER, "deepstack_visual_indexes": [0, 2], "num_position_embeddings": 64}
-    return transformers.Qwen3VLConfig(text_config=text, vision_config=tower, **_QWEN_IDS)
-
-
-def _mrope(section: list[int]) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": section}
 
 
 def _onevision() -> Any:
@@ -141,63 +79,35 @@ def _next_video() -> Any:
     )
 
 
-def _qwen_processor(kind: type) -> Callable[[Any], Any]:
-    def build(tokenizer: Any) -> Any:
-        video = Qwen3VLVideoProcessor(patch_size=8, merge_size=2, cap_pixels_per_frame=False)
-        image = Qwen2VLImageProcessorPil(patch_size=8)
-        return _without_torchvision(kind)(image, tokenizer, video)
-
-    return build
+def _qwen25() -> Any:
+    text = {**_TEXT, "rope_parameters": _mrope(2, 3, 3), "max_position_embeddings": 4096}
+    tower = {**_QWEN_TOWER, "fullatt_block_indexes": [1], "window_size": 32, "tokens_per_second": 2}
+    return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=tower, **_QWEN_IDS)
 
 
-def _onevision_processor(tokenizer: Any) -> Any:
-    return _without_torchvision(LlavaOnevisionProcessor)(
-        Qwen2VLImageProcessorPil(),
-        tokenizer,
-        LlavaOnevisionVideoProcessor(),
-        num_image_tokens=16,
-        vision_feature_select_strategy="full",
-    )
+def _qwen3() -> Any:
+    text = {**_TEXT, "head_dim": 16, "rope_parameters": _mrope(4, 2, 2)}
+    tower = {**_QWEN_TOWER, "deepstack_visual_indexes": [0, 2], "num_position_embeddings": 64}
+    return transformers.Qwen3VLConfig(text_config=text, vision_config=tower, **_QWEN_IDS)
 
 
-def _next_video_processor(tokenizer: Any) -> Any:
-    return _without_torchvision(LlavaNextVideoProcessor)(
-        LlavaNextVideoVideoProcessor(),
-        Qwen2VLImageProcessorPil(),
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-    )
+def _mrope(*section: int) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(section)}
 
 
-_GAINS = {"embed_tokens": 0.1, "down_proj": 1.5}
-_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_FEW_TOKENS = {"min_tokens": 1, "max_tokens": 6}
-KINDS: dict[str, TinyKind] = {
-    "llava_onevision": TinyKind(
-        _onevision,
-        _onevision_processor,
-        _SYSTEM + "<|im_start|>user\n<video>{}" + _ASSISTANT,
-        {},
-    ),
-    "llava_next_video": TinyKind(
-        _next_video, _next_video_processor, "USER: <video>\n{} ASSISTANT:", {}
-    ),
-    "qwen2_5_vl": TinyKind(
-        _qwen25,
-        _qwen_processor(Qwen2_5_VLProcessor),
-        _SYSTEM + _QWEN_USER + "{}" + _ASSISTANT,
-        _FEW_TOKENS,
-    ),
-    "qwen3_vl": TinyKind(
-        _qwen3, _qwen_processor(Qwen3VLProcessor), _QWEN_USER + "{}" + _ASSISTANT, _FEW_TOKENS
-    ),
+_CONFIGS: dict[str, Callable[[], Any]] = {
+    "llava_onevision": _onevision,
+    "llava_next_video": _next_video,
+    "qwen2_5_vl": _qwen25,
+    "qwen3_vl": _qwen3,
 }
+KINDS = tuple(_CONFIGS)
+"""Names of adapters."""
 
 
 @cache
 def tiny_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of single letters; Llama's begins every text with ``<s>``."""
+    """Return a tokenizer of single letters; that of LLaVA-NeXT begins every text with ``<s>``."""
     core = Tokenizer(models.WordLevel(_IDS, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
@@ -219,28 +129,32 @@ def tiny_video_model(name: str) -> Any:
     """Build a random model: float32, CPU, one per process.
 
     Matrices have unit gain and embeddings are small, so that attention and positions, more than the
-    last token, decide what comes next. Other seeds give answers that repeat one letter.
+    last token, decide what comes next. Most other seeds give answers that repeat one letter.
     """
-    model = transformers.AutoModelForImageTextToText.from_config(KINDS[name].config())
-    torch.manual_seed(1)
+    model = transformers.AutoModelForImageTextToText.from_config(_CONFIGS[name]())
     model.float().eval().requires_grad_(requires_grad=False)
+    torch.manual_seed(1)
     for where, parameter in model.named_parameters():
         if parameter.dim() > 1:
             kind = where.split(".")[-2] if "language_model" in where else ""
-            gain = _GAINS.get(kind, 1.0)
-            nn.init.normal_(parameter, std=gain * parameter[0].numel() ** -0.5)
+            nn.init.normal_(parameter, std=_GAINS.get(kind, 1.0) * parameter[0].numel() ** -0.5)
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model
 
 
+def tiny_options(name: str) -> dict[str, Any]:
+    """Return what an adapter is told, so that a unit has few tokens."""
+    return {"min_tokens": 1, "max_tokens": 6} if name.startswith("qwen") else {}
+
+
 def tiny_adapter(name: str) -> VideoAdapter:
-    """Return the adapter of a tiny model, with limits so that a unit has few tokens."""
-    return find_adapter(tiny_video_model(name), tiny_tokenizer(name), **KINDS[name].options)
+    """Return the adapter of a tiny model."""
+    return find_adapter(tiny_video_model(name), tiny_tokenizer(name), **tiny_options(name))
 
 
 def make_frames(count: int, fps: float = 1.0, size: tuple[int, int] = (32, 48)) -> list[Frame]:
-    """Return random frames, ``size`` their height and width; none has to be resized at 32 x 48."""
+    """Return random frames, ``size`` their height and width."""
     rng = np.random.default_rng(7)
     return [
         Frame(number / fps, rng.integers(0, 256, (*size, 3), dtype=np.uint8))
@@ -248,45 +162,6 @@ def make_frames(count: int, fps: float = 1.0, size: tuple[int, int] = (32, 48)) 
     ]
 
 
-def whole_prompt(name: str, pixels: Tensor, question: str, fps: float) -> dict[str, Any]:
-    """Return what ``generate`` takes, as transformers' processor makes it.
-
-    Parameters
-    ----------
-    name : str
-    pixels : Tensor, float32 [num_frames, 3, height, width]
-        Resized and normalised.
-    question : str
-    fps : float
-        Frames per second.
-    """
-    kind, count = KINDS[name], len(pixels)
-    made = kind.processor(tiny_tokenizer(name))(
-        text=[kind.prompt.format(question)],
-        videos=[pixels],
-        video_metadata=[
-            VideoMetadata(total_num_frames=count, fps=fps, frames_indices=list(range(count)))
-        ],
-        return_tensors="pt",
-        **dict.fromkeys(
-            ("do_resize", "do_center_crop", "do_convert_rgb", "do_rescale", "do_normalize"),
-            False,
-        ),
-        do_sample_frames=False,
-    )
-    return {key: value for key, value in made.items() if key != "video_metadata"}
-
-
-def plain_pixels(name: str, frames: Sequence[Frame]) -> Tensor:
-    """Return frames that need no resizing as ``whole_prompt`` takes them, step by step."""
-    edge = 8 if name == "llava_next_video" else 0
-    images = np.stack([frame.image for frame in frames])[:, :, edge : edge + 32 if edge else None]
-    mean, std = ([0.5] * 3, [0.5] * 3) if name == "qwen3_vl" else (_CLIP_MEAN, _CLIP_STD)
-    scaled = (images / 255.0 - np.array(mean)) / np.array(std)
-    return torch.from_numpy(scaled.transpose(0, 3, 1, 2)).float()
-
-
 def text_of(name: str, ids: Sequence[int]) -> str:
     """Return tokens as the answerer does."""
-    return str(tiny_tokenizer(name).decode(ids, skip_special_tokens=True)).strip()
-
+    return str(tiny_tokenizer(name).decode(list(ids), skip_special_tokens=True)).strip()

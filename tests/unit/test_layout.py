@@ -17,7 +17,7 @@ SUBPACKAGES = ("bench", "evals", "sessions", "sparse", "video")
 """Folders inside ``offload/`` itself."""
 NESTED = {"tiers": ("near",)}
 """Folders inside root folders; setuptools has to be told of each."""
-ALL_FOLDERS = ("offload", *FOLDERS, "tests", "tools", "benchmarks")
+ALL_FOLDERS = ("offload", *FOLDERS, "tests", "tools", "benchmarks", "examples")
 NOUNS = {"offload.errors", "offload.types"}
 SHARED = NOUNS | {"offload.config", "offload.stats"}
 

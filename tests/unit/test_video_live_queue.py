@@ -170,6 +170,10 @@ def test_queue_whose_feed_waits_for_room_is_not_silent() -> None:
 
     assert [frame.time_s for frame in times if frame] == [0.0, 1.0]
     assert feed.outcome() == [True, True]
+    now[0] += 1.0
+    getter = _Thread(lambda: queue.get(5.0))
+    queue.put(_frame(2.0))
+    assert isinstance(getter.outcome(), Frame)
 
 
 def test_queue_that_ends_with_an_error_first_gives_the_frames_that_wait() -> None:

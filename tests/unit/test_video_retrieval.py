@@ -55,7 +55,7 @@ def test_tokmax_finds_a_unit_that_one_token_of_one_head_asks_for() -> None:
     means[17, 1] = 3.0
     query[3, 11] = 3.0
     assert scores_of("tokmax", query, means, 0.25)[17] > 0.99
-    assert scores_of("tokmax", query[:, :11], means, 0.25).max() < 0.05
+    assert scores_of("tokmax", query[:, :11], means, 0.25).max() < 0.1
 
 
 @pytest.mark.parametrize(("units", "recent"), [(0, 0), (4, 5), (4, -1)])
