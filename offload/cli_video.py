@@ -3,13 +3,14 @@
 import argparse
 from typing import Final
 
-from offload.video import cli_ask, cli_encode, cli_run, cli_viz
+from offload.video import cli_ask, cli_encode, cli_eval, cli_run, cli_viz
 
 _KINDS: Final = {
     "encode": cli_encode,
     "resume": cli_encode,
     "ask": cli_ask,
     "run": cli_run,
+    "eval": cli_eval,
     "viz": cli_viz,
 }
 

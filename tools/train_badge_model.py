@@ -13,12 +13,14 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import LlavaOnevisionForConditionalGeneration
 
 from tools.badge_bank import draw_bank
 from tools.badge_config import new_model, save_model
@@ -28,6 +30,7 @@ from tools.badge_vision import VisionPhase
 
 WARM_UP_STEPS: Final = 50
 DECAY_SHARE: Final = 0.4
+LOG_EVERY_STEPS: Final = 10
 
 
 class Phase(Protocol):
@@ -57,15 +60,11 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    seed = arguments.seed
-    model = new_model(seed)
+    model = new_model(arguments.seed)
     with (arguments.out / "training_log.jsonl").open("w", buffering=1) as log:
-        # Different pictures, so that the second phase sees tokens of pictures that are new to
-        # the vision tower.
-        for record in train(VisionPhase(model, draw_bank(250, 2000, 2 * seed), seed)):
-            log.write(json.dumps(asdict(record)) + "\n")
-        for record in train(LanguagePhase(model, draw_bank(60, 1500, 2 * seed + 1), seed)):
-            log.write(json.dumps(asdict(record)) + "\n")
+        for record in chain.from_iterable(map(train, phases(model, arguments.seed))):
+            if record.step % LOG_EVERY_STEPS == 0:
+                log.write(json.dumps(asdict(record)) + "\n")
     save_model(model, arguments.out)
     if not arguments.no_eval:
         write_report(arguments.out)
@@ -78,6 +77,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="more than one is rarely faster")
     parser.add_argument("--no-eval", action="store_true", help="stop after training")
     return parser.parse_args()
+
+
+def phases(model: LlavaOnevisionForConditionalGeneration, seed: int) -> Iterator[Phase]:
+    """Yield the phases; each begins with what the one before has left."""
+    yield VisionPhase(model, draw_bank(250, 2000, 2 * seed), seed)
+    # New pictures: how the vision tower reads what it has not learned by heart.
+    yield LanguagePhase(model, draw_bank(60, 1500, 2 * seed + 1), seed)
 
 
 def train(phase: Phase) -> Iterator[StepRecord]:

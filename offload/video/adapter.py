@@ -32,6 +32,8 @@ class Unit:
         positions are rounded down when they are added up.
     added : Tensor, optional, shape (num_levels, num_tokens, hidden_size)
         What is added to the states behind each of the first layers (DeepStack); zero for text.
+    last_s : float, optional
+        Of its last frame, if it has several: before that, nobody can have seen the unit.
     """
 
     embeds: Tensor
@@ -41,6 +43,7 @@ class Unit:
     num_frames: int
     step: tuple[float, ...] | None = None
     added: Tensor | None = None
+    last_s: float | None = None
 
     @property
     def num_tokens(self) -> int:

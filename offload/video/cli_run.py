@@ -1,6 +1,7 @@
 """``offload video run``: encode a stream and ask while it plays, in one process."""
 
 import argparse
+import math
 
 from tqdm import tqdm
 
@@ -18,11 +19,10 @@ from offload.video.cli_common import (
     stream_options,
 )
 from offload.video.encoder import StreamEncoder
+from offload.video.playing import play
 from offload.video.stream import VideoStream
 from offload.video.stream_session import StreamSession
-from offload.video.types import Frame, Question
-
-_PIECE_FRAMES = 16
+from offload.video.types import Question
 
 
 def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
@@ -60,24 +60,10 @@ def _play(args: argparse.Namespace, session: StreamSession) -> None:
     encoder = StreamEncoder(session.stream, args.window)
     answerer = Answerer(session.stream, plan_of(args), max_tokens=args.max_tokens)
     with Report(args, session) as report, open_frames(args) as source, tqdm(unit="frame") as bar:
-        waiting = list(report.unanswered(questions_of(args)))
-        piece: list[Frame] = []
-
-        def encode() -> None:
-            bar.update(encoder.add(piece))
-            piece.clear()
-
-        for frame in source:
-            if _is_due(waiting, frame.time_s) or len(piece) == _PIECE_FRAMES:
-                encode()
-            while _is_due(waiting, frame.time_s):
-                report.add(answerer.ask(waiting.pop(0)))
-            piece.append(frame)
-        encode()
-        for question in waiting:
-            report.add(answerer.ask(question))
+        asked = sorted(report.unanswered(questions_of(args)), key=_ask_time_s)
+        for answer in play(source, encoder, answerer, asked, advance=bar.update):
+            report.add(answer)
 
 
-def _is_due(waiting: list[Question], now_s: float) -> bool:
-    """Whether everything that the next question may see has come."""
-    return bool(waiting) and waiting[0].time_s is not None and waiting[0].time_s <= now_s
+def _ask_time_s(question: Question) -> float:
+    return math.inf if question.time_s is None else question.time_s

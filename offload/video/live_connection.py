@@ -62,8 +62,8 @@ class Connection:
     """Decodes a live stream on the thread of its source, connecting again when it is lost.
 
     Stream time goes on over a loss by the time for which it lasted. A stream whose length is
-    known ends where it ends. Any other that its sender closes is tried again, like one that broke,
-    and has ended if it stays away.
+    known ends where it ends, and is not played again. Any other that its sender closes is tried
+    again, like one that broke, and has ended if it stays away.
 
     Parameters
     ----------
@@ -155,8 +155,9 @@ class Connection:
 
     def _read(self, reader: VideoReader, queue: LiveQueue) -> _Loss | None:
         self.duration_s = reader.duration_s
-        if reader.is_recording and self._lost is not None and self._lost.is_clean:
-            # A stream that ended, and now has a length, would be played from its beginning.
+        if reader.is_recording and self._lost is not None:
+            # What has a length is played from its beginning, not from where it was lost.
+            self._give_up(self._lost)
             return None
         for stamp_s, frame in reader.frames():
             if queue.is_closed:
@@ -176,13 +177,12 @@ class Connection:
         elapsed_s = arrived_s - self._arrived_s if self.stats.decoded else 0.0
         time_s = self._clock.advance(stamp_s, elapsed_s)
         self._arrived_s = arrived_s
-        if self.stats.wall_start_s is None:
-            self.stats.wall_start_s = time.time()
         if self._lost is not None:
             self.stats.reconnects += 1
             self.stats.gaps.append(Gap(last_s, time_s, time.time(), self._lost.reason))
             _LOG.warning("%s: back after %.1f s", self._address.name, time_s - last_s)
             self._lost = None
+        self.stats.note_arrival(time_s, time.time())
         return time_s
 
     def _give_up(self, loss: _Loss) -> None:

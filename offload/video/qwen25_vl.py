@@ -59,4 +59,4 @@ class Qwen25VL(QwenVL):
         count = len(sight.frames)
         lasts_s = min((last - first) * count / (count - 1), _LONGEST_S)
         step = (lasts_s * self._positions_per_s, 0.0, 0.0)
-        return Unit(sight.rows, sight.positions(), sight.extent, first, count, step)
+        return Unit(sight.rows, sight.positions(), sight.extent, first, count, step, last_s=last)

@@ -45,7 +45,8 @@ class Qwen3VL(QwenVL):
 
     def unit(self, sight: Sight) -> Unit:
         """Return frames, and the text around them, as a unit."""
-        mean_s = (sight.frames[0].time_s + sight.frames[-1].time_s) / 2
+        first, last = sight.frames[0].time_s, sight.frames[-1].time_s
+        mean_s = (first + last) / 2
         front = self.text(self.token_ids(f"<{mean_s:.1f} seconds><|vision_start|>"))
         back = self.text(self.token_ids("<|vision_end|>"))
         end = front.advance + sight.extent
@@ -55,9 +56,10 @@ class Qwen3VL(QwenVL):
                 [front.positions, sight.positions() + front.advance, back.positions + end], 1
             ),
             end + back.advance,
-            sight.frames[0].time_s,
+            first,
             len(sight.frames),
             added=_padded(sight.levels, front.num_tokens, back.num_tokens),
+            last_s=last,
         )
 
     def added_inputs(self, added: Tensor) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class Gap(NamedTuple):
     start_s, end_s : float
         Stream times of the last frame before and of the first one after.
     wall_end_s : float
-        When the first frame after it arrived, in seconds since the epoch.
+        When the first frame after it was shown, in seconds since the epoch.
     reason : str
     """
 
@@ -53,7 +53,7 @@ class SourceStats:
     gaps : list of Gap
         One for each of them.
     wall_start_s : float or None
-        When the first frame of a live stream arrived, in seconds since the epoch.
+        When the first frame of a live stream was shown, in seconds since the epoch.
     """
 
     decoded: int = 0
@@ -68,7 +68,7 @@ class SourceStats:
     def wall_s(self, time_s: float) -> float | None:
         """Return when a frame of a live stream was shown, in seconds since the epoch.
 
-        Clocks drift and frames wait; each connection counts anew from its first frame.
+        Known as well as the frames that came soonest tell, and anew for each connection.
 
         Returns
         -------
@@ -81,6 +81,20 @@ class SourceStats:
         if since:
             return since[-1].wall_end_s + time_s - since[-1].end_s
         return self.wall_start_s + time_s
+
+    def note_arrival(self, time_s: float, now_s: float) -> None:
+        """Move the wall clock back if it must be: no frame arrives before it is shown.
+
+        The first frames of a connection wait until libav has seen enough of it.
+        """
+        if self.wall_start_s is None:
+            self.wall_start_s = now_s - time_s
+        elif not self.gaps:
+            self.wall_start_s = min(self.wall_start_s, now_s - time_s)
+        else:
+            last = self.gaps[-1]
+            end_s = min(last.wall_end_s, now_s - (time_s - last.end_s))
+            self.gaps[-1] = last._replace(wall_end_s=end_s)
 
 
 class Source(ABC, Iterator[Frame]):

@@ -29,6 +29,8 @@ class UnitPlace:
         How much further text starts that follows it, and the next unit; see ``Unit``.
     time_s : float
     first_frame, num_frames : int
+    last_s : float, optional
+        Of its last frame, if it has several.
     """
 
     first_token: int
@@ -40,11 +42,17 @@ class UnitPlace:
     time_s: float
     first_frame: int
     num_frames: int
+    last_s: float | None = None
 
     @property
     def tokens(self) -> range:
         """Its tokens."""
         return range(self.first_token, self.first_token + self.num_tokens)
+
+    @property
+    def complete_s(self) -> float:
+        """When all of it has been shown."""
+        return self.time_s if self.last_s is None else self.last_s
 
     @property
     def origin(self) -> Tensor:
@@ -77,6 +85,7 @@ class UnitTable:
                 unit.time_s,
                 0 if last is None else last.first_frame + last.num_frames,
                 unit.num_frames,
+                unit.last_s,
             )
             self.places.append(place)
             added.append(place)
@@ -88,11 +97,14 @@ class UnitTable:
         return self.places[-1].first_frame + self.places[-1].num_frames if self.places else 0
 
     def before(self, time_s: float | None) -> int:
-        """Return how many units, the text included, come before a time; all for None."""
+        """Return how many units, the text included, come before a time; all for None.
+
+        A unit comes before a time if all of its frames do.
+        """
         if time_s is None:
             return len(self.places)
         count = 1
-        while count < len(self.places) and self.places[count].time_s < time_s:
+        while count < len(self.places) and self.places[count].complete_s < time_s:
             count += 1
         return count
 

@@ -222,6 +222,24 @@ def test_positions_of_a_stream_are_the_models_own_at_any_rate(
     assert expected[:, ours.shape[1]].tolist() == [end] * 3
 
 
+@pytest.mark.parametrize(
+    ("name", "time_s", "expected"),
+    [
+        ("llava_onevision", 9.0, 9),
+        ("qwen2_5_vl", 9.0, 8),
+        ("qwen2_5_vl", 9.1, 10),
+        ("qwen3_vl", 8.5, 8),
+        ("qwen3_vl", 9.5, 10),
+    ],
+)
+def test_question_sees_no_unit_of_which_a_frame_is_not_before_it(
+    name: str, time_s: float, expected: int, streams: _Streams
+) -> None:
+    stream = streams.encode(name, plain_frames(name, 12), 12)
+    answerer = Answerer(stream, RetrievalPlan("tokmax", 2), max_tokens=1)
+    assert answerer.ask(Question("1", _QUESTION, time_s)).num_frames == expected
+
+
 def test_stream_whose_pictures_change_size_goes_on(streams: _Streams) -> None:
     frames = [*make_frames(4, 1.0, (32, 48)), *make_frames(4, 1.0, (64, 32))]
     stream = streams.encode("qwen2_5_vl", frames, 8)

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from offload.errors import ClosedError, TransferError, TransferTimeout
-from offload.video.live_queue import Policy
+from offload.video.live_connection import Address, Connection
+from offload.video.live_queue import LiveQueue, Policy
+from offload.video.sampling import Sampler
 from offload.video.source import Source
 from offload.video.sources import open_source
 from offload.video.types import Frame
@@ -64,6 +66,14 @@ def _await_end_of_stream() -> None:
         if thread.name.startswith("offload-video"):
             thread.join(_WAIT_S)
             assert not thread.is_alive()
+
+
+class _CountingQueue(LiveQueue):
+    num_beats = 0
+
+    def beat(self) -> None:
+        self.num_beats += 1
+        super().beat()
 
 
 def _next_after_silence(source: Source) -> Frame:
@@ -123,6 +133,7 @@ def test_live_stream_that_was_lost_goes_on_after_a_gap(
     assert is_broken or numbers[:_NUM_FRAMES] == list(range(_NUM_FRAMES))
     times_s = [frame.time_s for frame in frames]
     assert times_s == sorted(times_s)
+    assert np.diff(times_s[-_NUM_FRAMES:]) == pytest.approx(_PERIOD_S)
     assert source.stats.reconnects == len(source.stats.gaps) == 1
     gap = source.stats.gaps[0]
     assert (gap.start_s, gap.end_s) == (times_s[-_NUM_FRAMES - 1], times_s[-_NUM_FRAMES])
@@ -147,14 +158,56 @@ def test_live_stream_that_ends_again_at_once_is_not_asked_for_ever(
 
 @pytest.mark.parametrize("suffix", [".ts", ".mp4"])
 def test_recording_over_http_ends_where_it_ends(
-    web_server: str, tmp_path: Path, suffix: str
+    web_server: str, tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_video(tmp_path / f"video{suffix}", every(_PERIOD_S, _NUM_FRAMES))
 
-    with open_source(f"{web_server}/video{suffix}") as source:
+    with open_source(f"{web_server}/video{suffix}") as source, caplog.at_level(logging.INFO):
         assert _numbers(source) == list(range(_NUM_FRAMES))
 
     assert source.stats.reconnects == 0
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_live_stream_that_has_become_a_recording_is_not_played_again(
+    camera: Camera, videos: list[Path], tmp_path: Path, is_complete: bool
+) -> None:
+    video = videos[0].read_bytes()
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(video), video)
+    # Nothing says where this one ends, so that libav takes the end for a failure.
+    endless = b"Connection: close\r\n\r\n%b" % video
+    recording = b"Content-Length: %d\r\n\r\n%b" % (len(video), video)
+    ok = b"HTTP/1.1 200 OK\r\n"
+    (tmp_path / "live").write_bytes(ok + (chunked if is_complete else endless))
+    (tmp_path / "recording").write_bytes(ok + recording)
+    broken = pytest.raises(TransferError, match=r"/video.ts: Input/output error \(30 frames")
+
+    with open_source(f"{camera.url}/video.ts".replace("tcp", "http")) as source:
+        for name in ("live", "recording"):
+            camera.accept()
+            camera.send(tmp_path / name)
+            camera.hang_up()
+        numbers = [read_number(next(source).image) for _ in range(_NUM_FRAMES)]
+        with contextlib.nullcontext() if is_complete else broken:
+            assert _numbers(source) == []
+
+    assert numbers == list(range(_NUM_FRAMES))
+
+
+def test_live_stream_is_alive_while_its_frames_are_not_needed(
+    camera: Camera, videos: list[Path]
+) -> None:
+    connection = Connection(Address("test", camera.url), Sampler(1), timeout_s=10, reconnect=0)
+    queue = _CountingQueue("test", connection.stats)
+    camera.accept()
+    camera.send(videos[0])
+    camera.hang_up()
+
+    connection.run(queue)
+
+    assert connection.stats.skipped == _NUM_FRAMES - 3
+    assert queue.num_beats >= _NUM_FRAMES
 
 
 def test_rtsp_stream_loses_no_frame(videos: list[Path]) -> None:

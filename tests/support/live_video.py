@@ -82,6 +82,10 @@ def _serve() -> None:
             elif order == "send":
                 peer.sendall(Path(argument).read_bytes())
             elif order == "hang_up":
+                # To close with something unread would reset the connection.
+                peer.shutdown(socket.SHUT_WR)
+                while peer.recv(4096):
+                    pass
                 peer.close()
             elif order == "break_off":
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -25,6 +25,7 @@ from offload.video.llava_next_video import LlavaNextVideo
 from offload.video.patches import fitting_size, patches
 from offload.video.pixels import normalised
 from offload.video.types import Frame
+from offload.video.units import UnitTable, laid_out
 from tests.support.tiny_video_models import (
     KINDS,
     make_frames,
@@ -243,3 +244,12 @@ def test_unit_of_qwen25_lasts_twice_the_time_between_its_frames_within_reason(
     first, second = make_frames(2)
     (unit,) = tiny_adapter("qwen2_5_vl").encode([first, Frame(away_s, second.image)])
     assert unit.step == (expected, 0.0, 0.0)
+
+
+def test_positions_of_times_that_were_rounded_are_those_of_exact_ones() -> None:
+    frames = [Frame(round(n / 3, 6), frame.image) for n, frame in enumerate(make_frames(12))]
+    places = UnitTable().add(tiny_adapter("qwen2_5_vl").encode(frames))
+    positions, end = laid_out(places, 5, 3)
+    assert positions[0, ::6].tolist() == [5 + 4 * number // 3 for number in range(6)]
+    assert positions[1:, ::6].tolist() == [[5] * 6] * 2
+    assert end == 5 + 3

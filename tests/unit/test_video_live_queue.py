@@ -41,11 +41,19 @@ class _Thread:
 
 
 class _WatchedQueue(LiveQueue):
-    """Says when its feeding thread begins to wait for room."""
+    """Says when its feeding thread finds it full, and its consumer finds it empty."""
 
-    def __init__(self, stats: SourceStats, max_frames: int) -> None:
-        super().__init__("test", stats, "block", max_frames)
+    def __init__(self, stats: SourceStats, max_frames: int = 64) -> None:
+        self.time_s = 0.0
+        super().__init__("test", stats, "block", max_frames, now=lambda: self.time_s)
         self.is_full = threading.Event()
+        self.is_empty = threading.Event()
+
+    def _patience_s(self, timeout_s: float | None) -> float | None:
+        try:
+            return super()._patience_s(timeout_s)
+        finally:
+            self.is_empty.set()
 
     def _await_room(self) -> None:
         if len(self) == self._max_frames:
@@ -144,12 +152,12 @@ def test_queue_that_timed_out_gives_a_frame_that_comes_later() -> None:
 
 
 def test_queue_with_signs_of_life_but_no_frame_goes_on_waiting() -> None:
-    now = [0.0]
-    queue = LiveQueue("test", SourceStats(), now=lambda: now[0])
-    now[0] = 100.0
+    queue = _WatchedQueue(SourceStats())
+    queue.time_s = 100.0
     queue.beat()
 
     getter = _Thread(lambda: queue.get(50.0))
+    assert queue.is_empty.wait(_WAIT_S)
     queue.put(_frame(1.0))
 
     frame = getter.outcome()
@@ -159,19 +167,18 @@ def test_queue_with_signs_of_life_but_no_frame_goes_on_waiting() -> None:
 
 def test_queue_whose_feed_waits_for_room_is_not_silent() -> None:
     """Scenario: the consumer works for longer than the time limit, with the queue full."""
-    now = [0.0]
     queue = _WatchedQueue(SourceStats(), 1)
-    queue._now = lambda: now[0]
     feed = _Thread(lambda: [queue.put(_frame(k)) for k in range(2)])
     assert queue.is_full.wait(_WAIT_S)
-    now[0] = 1000.0
+    queue.time_s = 1000.0
 
     times = [queue.get(5.0), queue.get(5.0)]
 
     assert [frame.time_s for frame in times if frame] == [0.0, 1.0]
     assert feed.outcome() == [True, True]
-    now[0] += 1.0
+    queue.is_empty.clear()
     getter = _Thread(lambda: queue.get(5.0))
+    assert queue.is_empty.wait(_WAIT_S)
     queue.put(_frame(2.0))
     assert isinstance(getter.outcome(), Frame)
 
@@ -187,8 +194,9 @@ def test_queue_that_ends_with_an_error_first_gives_the_frames_that_wait() -> Non
 
 
 def test_queue_that_is_closed_wakes_its_consumer() -> None:
-    queue = LiveQueue("test", SourceStats())
+    queue = _WatchedQueue(SourceStats())
     getter = _Thread(lambda: queue.get(None))
+    assert queue.is_empty.wait(_WAIT_S)
 
     queue.close()
 

@@ -46,6 +46,15 @@ def test_clock_after_a_restart_goes_on_by_the_time_that_elapsed() -> None:
     assert [clock.advance(5.0, 20.0), clock.advance(5.5, 0.1)] == [21.0, 21.5]
 
 
+def test_clock_after_a_restart_has_forgotten_what_was_odd_before() -> None:
+    clock = StreamClock("test", _LONGEST_S)
+    _times([0.0, 9e4], clock)
+
+    clock.restart()
+
+    assert [clock.advance(stamp_s, 0.5) for stamp_s in (5.0, 9e4 + 1, 6.25)] == [1.0, 1.5, 2.25]
+
+
 def test_clock_that_is_set_anew_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         _times([8.0, 8.5, 0.0, 0.25, 0.5])
