@@ -18,4 +18,4 @@ def badge_adapter(
     model, tokenizer = load_badge_model(dtype)
     if device is not None:
         torch.nn.Module.to(model, device)
-    return LlavaOnevision(model, tokenizer, templates=("", ""), mean=_HALF, std=_HALF)
+    return LlavaOnevision(model, tokenizer, templates=(tokenizer.bos_token or "", ""), mean=_HALF, std=_HALF)

@@ -42,7 +42,11 @@ class StreamEncoder:
         """By layer: keys and values of the units from ``_window_first`` on, not rotated."""
         self._window_first = 1
         if not stream.units.places:
-            self._run([self._adapter.text(self._adapter.opening())])
+            opening = self._adapter.text(self._adapter.opening())
+            if opening.num_tokens:
+                self._run([opening])
+            else:
+                stream.open_without_text(opening)
         else:
             self._reload()
 
@@ -183,7 +187,8 @@ class _Pass(layers.Attends):
         turned = rotated(self._adapter, all_keys, self._positions)
         parts = [attend(asked, turned, all_values, scale, self._hidden.to(query.device))]
         if not self._is_opening:
-            parts.append(self._attend_opening(layer, query, scale))
+            if self._stream.units.places[0].num_tokens:
+                parts.append(self._attend_opening(layer, query, scale))
             self._encoder.extend_window(layer, keys, values)
         return merge(parts).out[0].to(query.dtype)
 

@@ -109,9 +109,10 @@ class QuestionPass(layers.Attends):
         count, total = query.shape[1], own_keys.shape[1]
         row = torch.arange(total - count, total, device=query.device)[:, None]
         hidden = torch.arange(total, device=query.device)[None] > row
-        far = attend(asked, context.keys, context.values, scale)
-        near = attend(asked, own_keys, own_values, scale, hidden)
-        merged = merge([far, near])
+        parts = [attend(asked, own_keys, own_values, scale, hidden)]
+        if context.keys.shape[1]:
+            parts.append(attend(asked, context.keys, context.values, scale))
+        merged = merge(parts)
         if self.is_answering:
             self._weigh(context, asked[:, -1], merged.lse[0, :, -1], scale)
         return merged.out[0].to(query.dtype)

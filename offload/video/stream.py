@@ -69,6 +69,16 @@ class VideoStream:
         """Give units their places; ``append`` and then ``commit`` or ``undo`` follow."""
         return self.units.add(units)
 
+    def open_without_text(self, opening: Unit) -> None:
+        """Begin a stream of a model that wants nothing before the first frame."""
+        self.commit(self.units.add([opening]))
+        config, device = self.adapter.config, self.adapter.device
+        heads, dim = int(config.num_key_value_heads), self.store.key_dim
+        for layer in range(self.store.num_layers):
+            nothing = torch.empty(heads, 0, dim, dtype=self.adapter.dtype, device=device)
+            self._opening[layer] = (nothing, nothing)
+            self._means[layer] = [torch.zeros(heads, dim, device=device)]
+
     def append(self, layer: int, keys: Tensor, values: Tensor, places: Sequence[UnitPlace]) -> None:
         """Store what a layer made of units, ``[num_kv_heads, num_tokens, dim]``, not rotated."""
         self.store.append(layer, keys, values)

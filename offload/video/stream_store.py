@@ -76,6 +76,11 @@ class StreamStore:
         return layers[last].num_tokens if last in layers else 0
 
     @property
+    def key_dim(self) -> int:
+        """Of each key, and of each value."""
+        return self._layout.key_dim
+
+    @property
     def engine(self) -> Engine:
         """The tiers."""
         return self.runtime.engine
