@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from offload.video.badge_model import badge_pixels
-from offload.video.badge_world import NUM_BADGES
+from offload.video.badge_world import NUM_BADGES, PHRASES
 from tools.badge_bank import Bank
 from tools.badge_config import BOS_TOKEN_ID, EOS_TOKEN_ID, TOKEN_IDS
 from tools.badge_vision import embed_frames
@@ -21,8 +21,6 @@ from tools.badge_vision import embed_frames
 MAX_QUESTIONS: Final = 16
 SHORTER_SHARE: Final = 0.3
 MIN_BADGE_SHARE: Final = 0.3
-PHRASES: Final = ("colour of badge", "what colour was badge", "what was the colour of badge")
-"""Ways to ask; the first one half of the time. The number comes last: it is what has to match."""
 
 
 class Stage(NamedTuple):
@@ -101,6 +99,7 @@ class LanguagePhase:
             pieces.insert(0, embed(torch.full((stage.num_videos, 1), BOS_TOKEN_ID)))
         if rng.random() < 0.5:
             pieces.append(newline.expand(stage.num_videos, 1, -1))
+        # The shortest one half of the time.
         phrase = rng.choice([PHRASES[0], rng.choice(PHRASES[1:])])
         return torch.cat(pieces, dim=1), ask(phrase, badges, bank.colours[places])
 

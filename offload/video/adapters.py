@@ -61,8 +61,7 @@ def load_adapter(
 ) -> VideoAdapter:
     """Load a model, its tokenizer and what it knows of pictures from a folder.
 
-    Nothing is looked up outside of the folder, no code of the folder is run, and torchvision, which
-    transformers' processors of video need, is not used.
+    Nothing is looked up elsewhere, no code of the folder is run, and torchvision is not needed.
 
     Parameters
     ----------

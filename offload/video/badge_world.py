@@ -41,6 +41,9 @@ BADGE_SHARE: Final = 1 / 12
 
 NUM_ASK_TIMES: Final = 6
 
+PHRASES: Final = ("colour of badge", "what colour was badge", "what was the colour of badge")
+"""Ways to ask. The number follows; the more words before it, the less it shows in their mean."""
+
 # Three columns and five rows each; a row is read from its highest bit.
 _GLYPHS: Final = (
     (7, 5, 5, 5, 7),
@@ -90,12 +93,14 @@ def draw_idle(rng: np.random.Generator) -> Image:
     return _with_noise(_clutter(rng), rng)
 
 
-def question_text(badge: int) -> str:
+def question_text(badge: int, phrase: str = PHRASES[0]) -> str:
     """Return what to ask about a badge: its number comes last."""
-    return f"colour of badge {badge:02d}"
+    return f"{phrase} {badge:02d}"
 
 
-def make_stream(num_frames: int, seed: int) -> tuple[Iterator[Frame], list[Question]]:
+def make_stream(
+    num_frames: int, seed: int, phrase: str = PHRASES[0]
+) -> tuple[Iterator[Frame], list[Question]]:
     """Make a stream of one frame per second, and a question about each badge in it.
 
     Each question is asked at one of ``NUM_ASK_TIMES`` times, the last of them the end of the
@@ -107,6 +112,8 @@ def make_stream(num_frames: int, seed: int) -> tuple[Iterator[Frame], list[Quest
         Frame ``i`` is shown at second ``i``.
     seed : int
         Decides badges, colours, times and pictures.
+    phrase : str
+        How to ask; the model that ships knows ``PHRASES``.
 
     Returns
     -------
@@ -134,7 +141,7 @@ def make_stream(num_frames: int, seed: int) -> tuple[Iterator[Frame], list[Quest
     questions = [
         Question(
             id=f"badge-{badge:02d}",
-            text=question_text(badge),
+            text=question_text(badge, phrase),
             time_s=float(rng.choice([ask_s for ask_s in ask_times if ask_s > time_s])),
             answer=colour,
             windows=((float(time_s), float(time_s + 1)),),

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from offload.video.badge_world import (
     COLOURS,
     FRAME_SIZE,
     NUM_BADGES,
+    PHRASES,
     draw_badge,
     draw_idle,
     make_stream,
@@ -97,6 +99,15 @@ def test_questions_of_a_stream_are_asked_in_order_after_their_badge_was_shown() 
     assert times[-1] == 600
     assert all(q.windows[0][1] <= time_s for q, time_s in zip(questions, times, strict=True))
     assert len({question.text for question in questions}) == len(questions) == 50
+
+
+@pytest.mark.parametrize("phrase", PHRASES)
+def test_questions_in_another_phrase_are_the_same_questions(phrase: str) -> None:
+    frames, questions = make_stream(100, seed=2, phrase=phrase)
+    plain_frames, plain = make_stream(100, seed=2)
+    assert [q.text for q in questions] == [f"{phrase} {q.text[-2:]}" for q in plain]
+    assert [replace(q, text="") for q in questions] == [replace(q, text="") for q in plain]
+    assert np.array_equal(next(frames).image, next(plain_frames).image)
 
 
 def test_stream_longer_than_there_are_badges_shows_each_once() -> None:
@@ -213,16 +224,16 @@ def test_shipped_model_without_the_frame_of_the_badge_falls_to_chance() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("text", ["{}", "What was the {}?"])
+@pytest.mark.parametrize("phrase", [*PHRASES, "What was the colour of badge"])
 def test_generate_from_pixels_with_the_chat_template_gives_the_answer(
-    dtype: torch.dtype, text: str
+    dtype: torch.dtype, phrase: str
 ) -> None:
     # Not checked: the declared ``self`` of ``generate`` fits no class that has the method.
     model: Any
     model, tokenizer = load_badge_model(dtype)
-    frames, questions = make_stream(24, seed=11)
+    frames, questions = make_stream(24, seed=11, phrase=phrase)
     images = compress([frame.image for frame in frames], crf=23)
-    content = [{"type": "video"}, {"type": "text", "text": text.format(questions[0].text)}]
+    content = [{"type": "video"}, {"type": "text", "text": questions[0].text + "?"}]
     messages: list[Any] = [{"role": "user", "content": content}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False)
     assert isinstance(prompt, str)
