@@ -20,6 +20,7 @@ from offload.video.question_files import typed_question
 from offload.video.retrieval import RetrievalPlan
 from offload.video.sources import open_source
 from offload.video.stream import VideoStream
+from offload.video.types import Question
 
 FRAMES = 600
 
@@ -32,7 +33,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, default=Path("evidence"), help="a folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        video, questions = options.video, []
+        video: str | None = options.video
+        questions: list[Question] = []
         if video is None:
             frames, questions = make_stream(FRAMES, seed=0)
             video = str(Path(folder) / "badges.mp4")
