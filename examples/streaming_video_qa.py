@@ -1,6 +1,6 @@
 """Ask about a video while it plays: encode once, answer from the few frames that matter.
 
-    pip install 'offload[video]'
+    pip install 'kv-offload[video]'
     python examples/streaming_video_qa.py [VIDEO] [--question "/at 12:30 what is on the table"]
 
 Without a video it makes one of BadgeWorld, and asks the small model that comes with the package.

@@ -175,7 +175,7 @@ def write_mp4(path: Path, frames: Iterable[Frame], fps: int = 1, crf: int = 23) 
     try:
         import av
     except ImportError as error:
-        raise ConfigError("writing a video needs PyAV: pip install 'offload[video]'") from error
+        raise ConfigError("writing a video needs PyAV: pip install 'kv-offload[video]'") from error
     remaining = iter(frames)
     first = next(remaining, None)
     if first is None:

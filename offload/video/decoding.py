@@ -31,7 +31,7 @@ def require_av() -> ModuleType:
         import av
     except ImportError as error:
         raise ConfigError(
-            "video needs PyAV, which is not installed: pip install 'offload[video]'"
+            "video needs PyAV, which is not installed: pip install 'kv-offload[video]'"
         ) from error
     return av
 

@@ -32,17 +32,18 @@ def contact_sheet(answer: Answer, thumbnails: Thumbnails, path: Path) -> None:
         from PIL import Image as Pictures
         from PIL import ImageDraw
     except ImportError as error:
-        raise ConfigError("pictures need Pillow: pip install 'offload[video]'") from error
+        raise ConfigError("pictures need Pillow: pip install 'kv-offload[video]'") from error
     width, height = _TILE
     count = max(1, len(answer.evidence))
-    sheet = Pictures.new("RGB", (max(3, count) * width, height + 44), "white")
+    sheet = Pictures.new("RGB", (max(3, count) * width, height + 40), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((8, 6), f"{answer.question.text}", fill="black")
     draw.text((8, 22), f"> {answer.text}", fill="black")
     best = max((each.score for each in answer.evidence), default=0.0) or 1.0
     for column, each in enumerate(sorted(answer.evidence, key=lambda each: each.time_s)):
         picture = Pictures.fromarray(thumbnails.get(each.frame))
-        picture.thumbnail((width - 8, height - 34))
+        factor = min((width - 8) / picture.width, (height - 36) / picture.height)
+        picture = picture.resize((round(picture.width * factor), round(picture.height * factor)))
         left, top = column * width + 4, 44
         sheet.paste(picture, (left, top))
         below = top + height - 32
@@ -71,7 +72,7 @@ def timeline(answer: Answer, path: Path, duration_s: float | None = None) -> Non
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("plots need matplotlib: pip install 'offload[plot]'") from error
+        raise ConfigError("plots need matplotlib: pip install 'kv-offload[plot]'") from error
     figure: Any = Figure(figsize=(9, 2.4), layout="constrained")
     axes = figure.subplots()
     times = [each.time_s for each in answer.evidence]

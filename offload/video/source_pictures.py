@@ -106,5 +106,5 @@ def _require_pillow() -> None:
         import PIL  # noqa: F401 - only asked whether it is there
     except ImportError as error:
         raise ConfigError(
-            "pictures need Pillow, which is not installed: pip install 'offload[video]'"
+            "pictures need Pillow, which is not installed: pip install 'kv-offload[video]'"
         ) from error

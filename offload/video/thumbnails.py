@@ -44,7 +44,7 @@ class Thumbnails:
         if frame >= len(self._pictures) or not self._can_make:
             raise ConfigError(
                 f"no picture of frame {frame}: {len(self._pictures)} were kept; they need Pillow: "
-                "pip install 'offload[video]'"
+                "pip install 'kv-offload[video]'"
             )
         from PIL import Image as Pictures
 
