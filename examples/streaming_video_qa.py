@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         video: str | None = options.video
-        questions: list[Question] = []
+        questions = list[Question]()
         if video is None:
             frames, questions = make_stream(FRAMES, seed=0)
             video = str(Path(folder) / "badges.mp4")

@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("offload", "tiers", "index", "prefetch", "kernels", "tests", "tools", "benchmarks", "examples")
+FOLDERS = (
+    *("offload", "tiers", "index", "prefetch", "kernels"),
+    *("tests", "tools", "benchmarks", "examples"),
+)
 
 
 def main() -> int:

@@ -18,4 +18,5 @@ def badge_adapter(
     model, tokenizer = load_badge_model(dtype)
     if device is not None:
         torch.nn.Module.to(model, device)
-    return LlavaOnevision(model, tokenizer, templates=(tokenizer.bos_token or "", ""), mean=_HALF, std=_HALF)
+    before = tokenizer.bos_token or ""
+    return LlavaOnevision(model, tokenizer, templates=(before, ""), mean=_HALF, std=_HALF)
