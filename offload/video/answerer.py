@@ -158,5 +158,3 @@ class Answerer:
             "units": plan.num_units,
             "recent": plan.num_recent,
         }
-
-

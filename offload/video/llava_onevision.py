@@ -70,17 +70,13 @@ class LlavaOnevision(VideoAdapter):
 
     def opening(self) -> list[int]:
         """Return the tokens before the first frame."""
-        return self._ids(self._before)
+        return self.token_ids(self._before)
 
     def asking(self, question: str) -> tuple[list[int], list[int]]:
         """Return the tokens of a question, and those up to the answer."""
-        return self._ids(question), self._ids(self._after)
+        return self.token_ids(question), self.token_ids(self._after)
 
     def closing(self) -> Unit:
         """Return the ``image_newline``."""
         embeds = self.model.model.image_newline[None].to(self.device)
         return Unit(embeds, torch.zeros(1, 1, dtype=torch.long, device=self.device), 1, 0.0, 0)
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-        return ids

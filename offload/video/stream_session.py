@@ -1,5 +1,6 @@
 """Save a stream under a name, and go on with it, or ask about it, in any process."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -139,7 +140,11 @@ def _pack_units(places: list[UnitPlace]) -> dict[str, Tensor]:
         (each.first_token, each.num_tokens, each.advance, each.first_frame, each.num_frames)
         for each in places
     ]
-    numbers = [(each.time_s, *each.start, *each.step) for each in places]
+    # Tensors have no better word for none than not a number.
+    numbers = [
+        (each.time_s, math.nan if each.last_s is None else each.last_s, *each.start, *each.step)
+        for each in places
+    ]
     return {
         f"{_VIDEO}.{_UNITS}": torch.tensor(counts, dtype=torch.int64),
         f"{_VIDEO}.{_NUMBERS}": torch.tensor(numbers, dtype=torch.float64),
@@ -152,7 +157,7 @@ def _unpack_units(tensors: Mapping[str, Tensor]) -> list[UnitPlace]:
     numbers = tensors[f"{_VIDEO}.{_NUMBERS}"].tolist()
     positions = tensors[f"{_VIDEO}.{_POSITIONS}"]
     axes, places = len(positions), []
-    for (first, count, advance, frame, frames), (time_s, *rest) in zip(
+    for (first, count, advance, frame, frames), (time_s, last_s, *rest) in zip(
         counts, numbers, strict=True
     ):
         places.append(
@@ -164,6 +169,7 @@ def _unpack_units(tensors: Mapping[str, Tensor]) -> list[UnitPlace]:
                 advance=advance,
                 step=tuple(rest[axes:]),
                 time_s=time_s,
+                last_s=None if math.isnan(last_s) else last_s,
                 first_frame=frame,
                 num_frames=frames,
             )

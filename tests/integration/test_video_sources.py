@@ -309,5 +309,5 @@ def test_video_without_pyav_names_what_to_install(
     path = write_video(tmp_path / "video.mp4", every(1, 2))
     monkeypatch.setitem(sys.modules, "av", None)
 
-    with pytest.raises(ConfigError, match=r"pip install 'offload\[video\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'kv-offload\[video\]'"):
         open_source(path)

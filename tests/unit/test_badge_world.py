@@ -169,7 +169,7 @@ def test_mp4_without_pyav_is_refused_with_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ConfigError, match=r"pip install 'offload\[video\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'kv-offload\[video\]'"):
         write_mp4(tmp_path / "a.mp4", make_stream(2, seed=0)[0])
 
 

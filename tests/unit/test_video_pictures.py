@@ -123,5 +123,5 @@ def test_pictures_without_pillow_name_what_to_install(
     folder = _write(tmp_path / "frames", "1.png")
     monkeypatch.setitem(sys.modules, "PIL", None)
 
-    with pytest.raises(ConfigError, match=r"pip install 'offload\[video\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'kv-offload\[video\]'"):
         open_source(folder, fps=1)
