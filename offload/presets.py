@@ -194,7 +194,9 @@ def customised(
     preset = find_preset(policy)
     if preset.near is not None:
         options = {**index, **({} if budget is None else {"budget": _checked_budget(budget)})}
-        preset, budget, index = replace(preset, near=changed_near(preset.near, options)), None, {}
+        if options:
+            preset = replace(preset, near=changed_near(preset.near, options))
+        budget, index = None, {}
     counts = {
         "dense_layers": dense_layers,
         "sink_tokens": sink_tokens,

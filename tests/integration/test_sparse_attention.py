@@ -26,6 +26,8 @@ def random_rows(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
 @pytest.fixture(params=list(PRESETS))
 def core(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CacheCore]:
     policy = PRESETS[request.param]
+    if policy.near is not None:
+        policy = customised(policy, budget=1.0)
     if policy.sparse is not None:
         policy = customised(policy, budget=1.0, sink_tokens=4, window_tokens=64, dense_layers=0)
     capacity = {"gpu": "1MiB", "cpu": "1MiB", "disk": "64MiB"}
@@ -63,5 +65,6 @@ def test_attention_with_everything_read_equals_that_of_torch(
     stats = core.stats()
     assert stats is not None
     name = core.config.preset.name
-    assert (stats.retrieved_tokens > 0) == (name not in ("exact", "streaming"))
+    if name != "instinfer":  # which counts what only the disk holds
+        assert (stats.retrieved_tokens > 0) == (name not in ("exact", "streaming"))
     assert difference.abs().max() <= most

@@ -66,7 +66,11 @@ def test_contender_takes_a_codec_of_the_disk() -> None:
     ("name", "message"),
     [
         ("exact:codec=zip", "no codec 'zip'"),
-        ("adaptive:speed=2", "unknown option 'speed'; known: error, wait_us, early, codec"),
+        (
+            "adaptive:speed=2",
+            "unknown option 'speed'; known: error, wait_us, early, channels, group, block, memory, "
+            "workers, codec",
+        ),
         ("fast", "unknown policy 'fast'; known: exact, adaptive"),
         ("adaptive:", "is no number"),
         ("adaptive:some", "is no number"),

@@ -72,5 +72,6 @@ def test_cost_of_a_slot_covers_header_pages_payload_and_codes(layout: ChunkLayou
     codes = layout.num_kv_heads * layout.key_dim * layout.chunk_tokens
     assert share.slot_cost(has_channels=False) == PAGE_BYTES + layout.slot_bytes
     more = share.slot_cost(has_channels=True) - share.slot_cost(has_channels=False)
-    assert codes < more <= codes + 2 * PAGE_BYTES
+    # Dead ones in the same block take at most half as much again.
+    assert codes < more <= 3 * (codes + 2 * PAGE_BYTES) // 2 + PAGE_BYTES
     assert more % PAGE_BYTES == 0

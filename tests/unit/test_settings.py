@@ -100,7 +100,7 @@ def test_disk_path_that_cannot_be_written_is_refused(tmp_path: Path, name: str) 
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("disk_path", [5, b"folder", ["a"]], ids=repr)
+@pytest.mark.parametrize("disk_path", [5, b"folder", ["a", 5], []], ids=repr)
 def test_disk_path_that_is_no_path_is_refused(tmp_path: Path, disk_path: Any) -> None:
     with pytest.raises(ConfigError, match="disk_path"):
         make_cache(tmp_path, disk_path=disk_path)
