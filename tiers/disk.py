@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from offload.errors import CapacityError, ClosedError, ConfigError, CorruptChunk
+from offload.errors import CapacityError, ClosedError, ConfigError
 from offload.stats import BusyTime
 from offload.tiers.adopted import AdoptedFiles
 from offload.tiers.aio import thread_queue
@@ -22,7 +22,7 @@ from offload.tiers.record_fill import Buffer
 from offload.tiers.record_io import ChooseCodec, KnownHeaders, Place, RecordIo
 from offload.tiers.record_part import Part
 from offload.tiers.record_parts import first_parts, plan_parts, read_parts
-from offload.tiers.requests import check_buffers, describe
+from offload.tiers.requests import check_buffers, describe, no_record
 from offload.tiers.segment import SegmentTable, locate, slot_at
 from offload.tiers.segment_files import SegmentFiles
 from offload.tiers.syscalls import VectoredCall
@@ -375,12 +375,7 @@ class DiskTier(Tier):
             timed: list[Job] = [partial(self.reading.run, job) for job in jobs]
             return self._start(what, num_bytes, timed, urgent=urgent)
         failed: Future[None] = Future()
-        failed.set_exception(
-            CorruptChunk(
-                f"{what}: {len(missing)} of {len(slots)} slots hold no record (never written, "
-                f"failed or freed), first slot {missing[0]}"
-            )
-        )
+        failed.set_exception(no_record(what, missing, len(slots)))
         return FutureTransfer(what, num_bytes, [failed])
 
     def _start(self, what: str, num_bytes: int, jobs: list[Job], *, urgent: bool) -> Transfer:

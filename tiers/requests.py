@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from offload.errors import ConfigError
+from offload.errors import ConfigError, CorruptChunk
 from offload.tiers.record_fill import Buffer
 from offload.types import ChunkInfo, SlotId
 
@@ -16,6 +16,14 @@ def describe(tier: str, verb: str, infos: Sequence[ChunkInfo]) -> str:
         return f"{tier} {verb} of nothing"
     first = f"first of layer {infos[0].layer} from token {infos[0].first_token}"
     return f"{tier} {verb} of {len(infos)} chunks, {first}"
+
+
+def no_record(what: str, missing: Sequence[SlotId], total: int) -> CorruptChunk:
+    """Return the error of a request for slots of which some hold nothing."""
+    return CorruptChunk(
+        f"{what}: {len(missing)} of {total} slots hold no record (never written, failed or freed), "
+        f"first slot {missing[0]}"
+    )
 
 
 def check_buffers(

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from offload.errors import CapacityError, ClosedError, ConfigError, CorruptChunk
+from offload.errors import CapacityError, ClosedError, ConfigError
 from offload.tiers.base import Tier
 from offload.tiers.near.bus import BusMeter
 from offload.tiers.near.call import NearCall
@@ -23,8 +23,8 @@ from offload.tiers.near.messages import Adopt, Ask, Forget, WorkerConfig
 from offload.tiers.near.place import WorkerPlace, places
 from offload.tiers.near.settings import NearSettings
 from offload.tiers.near.sparf_settings import SparF
-from offload.tiers.near.tables import Lanes
-from offload.tiers.requests import check_buffers, describe
+from offload.tiers.near.tables import Lanes, Slots
+from offload.tiers.requests import check_buffers, describe, no_record
 from offload.tiers.segment import SegmentTable
 from offload.tiers.transfer import FutureTransfer, Transfer
 from offload.types import ChunkInfo, ChunkLayout, SlotId
@@ -104,6 +104,8 @@ class NearDisk(Tier):
         their part when others had not."""
         self._stored: set[SlotId] = set()
         """Those that every worker has written."""
+        self._checked: dict[int, Slots] = {}
+        """Rows as they were last attended to, all of them there; nothing was freed since."""
         self._lanes = Lanes()
         self._forgetting: list[Future[Any]] = []
         self._closed = False
@@ -157,6 +159,7 @@ class NearDisk(Tier):
             for slot in slots:
                 self._infos.pop(slot, None)
             self._stored.difference_update(slots)
+            self._checked.clear()
             freed = self._table.free(slots)
             self._forgetting = [future for future in self._forgetting if not future.done()]
         body = Forget(list(slots), freed.holes, freed.dead_segments)
@@ -186,7 +189,7 @@ class NearDisk(Tier):
         lost = self._missing(slots)
         if lost:
             failed: Future[None] = Future()
-            failed.set_exception(_no_record(what, lost, len(slots)))
+            failed.set_exception(no_record(what, lost, len(slots)))
             return FutureTransfer(what, num_bytes, [failed])
         futures = [future for each in self.members for future in each.read(what, slots, infos, out)]
         return FutureTransfer(what, num_bytes, futures)
@@ -202,6 +205,7 @@ class NearDisk(Tier):
             self._check_open()
             self._stored.difference_update(slots)
             self._infos |= zip(slots, infos, strict=True)
+            self._checked.clear()
             lanes = self._lanes.of_all([(info.layer, info.first_token) for info in infos])
 
         def stored(part: range) -> None:
@@ -243,10 +247,12 @@ class NearDisk(Tier):
         CorruptChunk
             A slot holds no record.
         """
-        for _, slots in rows:
-            lost = self._missing(slots.tolist())
-            if lost:
-                raise _no_record("disk attend", lost, len(slots))
+        for name, slots in rows:
+            if self._checked.get(name) is not slots:
+                lost = self._missing(slots.tolist())
+                if lost:
+                    raise no_record("disk attend", lost, len(slots))
+                self._checked[name] = slots
         heads = self.layout.num_kv_heads
         parts = [
             list(each.attend(each.place.queries_of(query, heads), rows, scale, how))
@@ -348,10 +354,3 @@ class NearDisk(Tier):
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the disk tier is closed")
-
-
-def _no_record(what: str, lost: Sequence[SlotId], total: int) -> CorruptChunk:
-    return CorruptChunk(
-        f"{what}: {len(lost)} of {total} slots hold no record (never written, failed or freed), "
-        f"first slot {lost[0]}"
-    )

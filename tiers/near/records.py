@@ -73,6 +73,7 @@ class ShardRecords:
         self._files = SegmentFiles(directory, token)
         self._headers: KnownHeaders = {}
         self._infos: dict[SlotId, ChunkInfo] = {}
+        self._checksums_of: dict[SlotId, NDArray[np.uint64]] = {}
         self._io = RecordIo(
             self._files,
             self.fmt,
@@ -103,6 +104,8 @@ class ShardRecords:
         ------
         DiskFull, StorageError
         """
+        for slot in slots:
+            self._checksums_of.pop(slot, None)
         self._run(slots, lambda op, scratch: self._io.write(op, infos, src, scratch), urgent=False)
         self.adopt(slots, infos)
 
@@ -177,6 +180,7 @@ class ShardRecords:
         """
         for slot in slots:
             self._infos.pop(slot, None)
+            self._checksums_of.pop(slot, None)
             self._headers.pop(locate(slot), None)
         size = self.fmt.record_bytes
         for segment in dead_segments:
@@ -256,6 +260,9 @@ class ShardRecords:
 
     def _checksums(self, slot: SlotId) -> NDArray[np.uint64]:
         """Return those of the units of a record; its header is read if it is not known."""
+        known = self._checksums_of.get(slot)
+        if known is not None:
+            return known
         info, place = self.info(slot), locate(slot)
         stored = self._io.known(place, info)
         if stored is None:
@@ -267,4 +274,5 @@ class ShardRecords:
             self._io.on_file(place[0], move, writing=False, is_aligned=True)
             stored = check_header(page.numpy().data, self.fmt, info)
             self._headers[place] = stored
-        return np.frombuffer(stored.checksums, np.uint64)
+        found = self._checksums_of[slot] = np.frombuffer(stored.checksums, np.uint64)
+        return found

@@ -23,6 +23,8 @@ def update_of(known: dict[int, Slots], key: int, slots: Slots) -> TableUpdate:
     slots : ndarray, int64 [num_chunks]
     """
     before = known.get(key, _NOTHING)
+    if before is slots:
+        return TableUpdate(key, len(slots), _NOTHING)
     common = min(len(before), len(slots))
     differs = before[:common] != slots[:common]
     kept = int(differs.argmax()) if differs.any() else common
