@@ -8,11 +8,10 @@ true frame is the first of the evidence; ``read``: bytes from disk for one quest
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from offload.bench.provenance import read_provenance
+from offload.bench.outputs import write_figures
 from offload.video.answerer import Answerer
 from offload.video.badge_adapter import badge_adapter
 from offload.video.badge_world import make_stream, write_mp4
@@ -136,9 +135,7 @@ def main() -> None:
     options = parser.parse_args(sys.argv[1:])
     rows = measure(options.frames, options.seeds)
     Console(width=110).print(report(rows))
-    if options.json is not None:
-        found = {**asdict(read_provenance()), "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_figures(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ measured one after the other, because each holds a copy of the keys and values.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +24,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from offload.bench.benchmark import Benchmark
-from offload.bench.provenance import read_provenance
+from offload.bench.outputs import write_figures
 from offload.bench.rows import BenchRow
 from offload.bench.settings import BenchSettings
 
@@ -128,9 +127,7 @@ def main() -> None:
     options = parser.parse_args(sys.argv[1:])
     rows = list(measure(options))
     Console(width=130).print(report(rows))
-    if options.json is not None:
-        found = {**asdict(read_provenance()), "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_figures(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ compressed chunks. (Without abstracts it would be ``everything``.)
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,7 +33,7 @@ from tqdm import tqdm
 from offload.bench.benchmark import Benchmark
 from offload.bench.contenders import Entry
 from offload.bench.contexts import Context, ContextKind, make_context
-from offload.bench.provenance import read_provenance
+from offload.bench.outputs import write_figures
 from offload.bench.rows import BenchRow
 from offload.bench.settings import BenchSettings, Cell
 from offload.index.base import KeyIndex
@@ -274,9 +273,7 @@ def main() -> None:
     options = parser.parse_args(sys.argv[1:])
     rows = list(measure(options))
     Console(width=130).print(report(rows))
-    if options.json is not None:
-        found = {**asdict(read_provenance()), "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_figures(options.json, rows)
 
 
 if __name__ == "__main__":

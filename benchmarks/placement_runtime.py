@@ -11,12 +11,11 @@ take up in the end, and the error of the last steps' outputs against exact atten
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -31,8 +30,8 @@ from offload.bench.contexts import ContextKind, make_context
 from offload.bench.counters import Counts, between, read_counts
 from offload.bench.drivers import AttentionDriver
 from offload.bench.measure import relative_errors
+from offload.bench.outputs import write_figures
 from offload.bench.placement import place
-from offload.bench.provenance import read_provenance
 from offload.bench.settings import BenchSettings, Cell
 from offload.placement import PLACEMENTS
 from offload.presets import Preset, customised
@@ -192,9 +191,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = list(measure(options))
     Console(width=110, highlight=False).print(report(rows))
-    if options.json is not None:
-        found = {**asdict(read_provenance()), "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_figures(options.json, rows)
 
 
 if __name__ == "__main__":

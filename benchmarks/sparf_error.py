@@ -9,10 +9,9 @@ channels in 8 bits, groups of tokens as they are.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from offload.bench.provenance import read_provenance
+from offload.bench.outputs import write_figures
 from offload.bench.rows import percentile
 from offload.evals.heads import Head, dumped_heads, parametric_heads
 from offload.evals.parametric import FLAT, MEDIUM, SHARP
@@ -118,9 +117,7 @@ def main() -> None:
         heads = list(parametric_heads(options.tokens, kinds, options.queries, num_heads=count))
     rows = list(measure(heads))
     Console(width=180).print(report(rows))
-    if options.json is not None:
-        found = {**asdict(read_provenance()), "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_figures(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import TYPE_CHECKING
 
 import torch
+
+from offload.packaged_model import load_packaged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,15 +32,4 @@ def load_recall_model(
     tokenizer : PreTrainedTokenizerBase
         One token per byte; it adds no special tokens. ``build_document`` works without it.
     """
-    # Imported here because it takes seconds, and importing the package should not.
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with resources.as_file(resources.files("offload") / "assets" / "recall_model") as folder:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True
-        )
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True
-        )
-    model.eval()
-    return model, tokenizer
+    return load_packaged("AutoModelForCausalLM", "recall_model", dtype)

@@ -5,12 +5,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Any, Final, TextIO
 
 from rich.console import Console
 from rich.table import Table
 
-from offload.bench.provenance import Provenance
+from offload.bench.provenance import Provenance, read_provenance
 from offload.bench.rows import BenchRow
 from offload.bench.sheets import X_LABEL, bench_figures, bench_sheets
 from offload.errors import ConfigError
@@ -32,6 +32,16 @@ NOTES: Final = (
     "`error`: of attention outputs against attention in float32 (of logits against the first "
     "contender, for whole models), relative, median.",
 )
+
+
+def write_figures(path: Path | None, rows: Sequence[Any]) -> None:
+    """Write the rows of a benchmark, dataclasses, with what made them; nothing without a path."""
+    if path is not None:
+        found = {
+            **dataclasses.asdict(read_provenance()),
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def open_rows(folder: Path) -> TextIO:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from offload.packaged_model import load_packaged
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,18 +38,7 @@ def load_badge_model(
     tokenizer : PreTrainedTokenizerBase
         One token per word; a badge number is a word. Its chat template puts the frames first.
     """
-    # Imported here because it takes seconds, and importing the package should not.
-    from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
-
-    with resources.as_file(resources.files("offload") / "assets" / "badge_model") as folder:
-        model = LlavaOnevisionForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, local_files_only=True
-        )
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True
-        )
-    model.eval()
-    return model, tokenizer
+    return load_packaged("LlavaOnevisionForConditionalGeneration", "badge_model", dtype)
 
 
 def badge_pixels(images: Sequence[Image]) -> Tensor:

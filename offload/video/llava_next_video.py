@@ -1,71 +1,32 @@
 """LLaVA-NeXT-Video: one frame to a unit, positions on one axis."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from offload.video.adapter import Unit, VideoAdapter
-from offload.video.pixels import CLIP_MEAN, CLIP_STD, normalised
-from offload.video.types import Frame, Image
+from offload.video.llava import LlavaAdapter
+from offload.video.pixels import normalised
+from offload.video.types import Image
 
 _USER = "USER: "
 _ANSWER = " ASSISTANT:"
 
 
-class LlavaNextVideo(VideoAdapter):
-    """An adapter of ``LlavaNextVideoForConditionalGeneration``.
+class LlavaNextVideo(LlavaAdapter):
+    """An adapter of ``LlavaNextVideoForConditionalGeneration``; see ``LlavaAdapter``.
 
-    Frames are resized by their shorter edge and lose what then hangs over, as in the processor of
-    transformers.
-
-    Parameters
-    ----------
-    model : LlavaNextVideoForConditionalGeneration
-    tokenizer
-    templates : tuple of str
-        What comes before the first frame, behind what the tokenizer puts in front of every text,
-        and between question and answer; those of Vicuna unless given.
-    mean, std : sequence of float
-        Of the pictures the model was trained on.
+    Templates are those of Vicuna unless given; the first one comes behind what the tokenizer puts
+    in front of every text. Frames are resized by their shorter edge and lose what then hangs over,
+    as in the processor of transformers.
     """
 
     name = "llava_next_video"
+    default_templates = (_USER, _ANSWER)
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        templates: tuple[str, str] = (_USER, _ANSWER),
-        mean: Sequence[float] = CLIP_MEAN,
-        std: Sequence[float] = CLIP_STD,
-    ) -> None:
-        super().__init__(model, tokenizer)
-        self._before, self._after = templates
-        self._mean, self._std = mean, std
-
-    @property
-    def text_model(self) -> Any:
-        """The Llama inside."""
-        return self.model.model.language_model
-
-    @torch.no_grad()
-    def encode(self, frames: Sequence[Frame]) -> list[Unit]:
-        """Turn each frame into a unit."""
-        config = self.model.config
-        pixels = torch.cat([self._pixels(frame.image) for frame in frames])
-        rows = self.model.model.get_video_features(
-            pixels.to(self.device, self.dtype)[None],
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-        ).pooler_output[0]
-        units = []
-        for frame, embeds in zip(frames, rows.chunk(len(frames)), strict=True):
-            steps = torch.arange(len(embeds), device=embeds.device)[None]
-            units.append(Unit(embeds, steps, len(embeds), frame.time_s, 1))
-        return units
+    def pixels(self, images: Sequence[Image]) -> Tensor:
+        """Resize each picture by its shorter edge, and cut out the middle."""
+        return torch.cat([self._cut(image) for image in images])
 
     def opening(self) -> list[int]:
         """Return the tokens before the first frame, with what the tokenizer begins texts with."""
@@ -85,7 +46,7 @@ class LlavaNextVideo(VideoAdapter):
             same += 1
         return both[:same], both[same:]
 
-    def _pixels(self, image: Image) -> Tensor:
+    def _cut(self, image: Image) -> Tensor:
         side = int(self.model.config.vision_config.image_size)
         short = min(image.shape[:2])
         height, width = (side * edge // short for edge in image.shape[:2])

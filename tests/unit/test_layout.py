@@ -56,6 +56,7 @@ HUGGING_FACE = {
     "lookahead",
     "masks",
     "micro_batches",
+    "packaged_model",
     "weights",
     "prefill",
     "recall_data",
