@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = ("kernels", "tiers", "index", "prefetch")
-SUBPACKAGES = ("bench", "evals", "sessions", "sparse", "video")
+SUBPACKAGES = ("bench", "daemon", "evals", "sessions", "sparse", "video")
 """Folders inside ``offload/`` itself."""
 NESTED = {"tiers": ("near",)}
 """Folders inside root folders; setuptools has to be told of each."""
@@ -43,8 +43,10 @@ HUGGING_FACE = {
     "cli_eval",
     "cli_generate",
     "cli_resume",
+    "cli_serve",
     "cli_text",
     "cli_video",
+    "daemon",
     "demo",
     "demo_report",
     "evals",
@@ -67,7 +69,22 @@ HUGGING_FACE = {
 }
 
 # Imported where they are found, and done without where they are not.
-OPTIONAL = {"PIL", "av", "llvmlite", "matplotlib", "numba", "triton"}
+OPTIONAL = {"PIL", "av", "llvmlite", "matplotlib", "numba", "triton"} | {
+    # The daemon.
+    "aiofiles",
+    "anyio",
+    "cryptography",
+    "fastapi",
+    "httpx",
+    "llguidance",
+    "prometheus_client",
+    "pydantic",
+    "pydantic_settings",
+    "starlette",
+    "structlog",
+    "uvicorn",
+    "yaml",
+}
 
 MAX_LINES = 400
 MAX_MEDIAN_LINES = 150

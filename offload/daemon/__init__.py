@@ -1,0 +1,1 @@
+"""The daemon: sessions of long contexts, kept alive behind HTTP."""
