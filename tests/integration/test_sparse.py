@@ -64,17 +64,17 @@ def logits(model: Any, cache: Any, ids: Tensor) -> list[Tensor]:
     [
         *((policy, "llama") for policy in SPARSE),
         # What an architecture does with its attention is the same for all policies.
-        *(("adaptive", name) for name in ("qwen3", "gpt_neox", "gemma3", "falcon_h1")),
-        *(("leoam", name) for name in ("gemma3", "falcon_h1")),
+        *(("adaptive", name) for name in ("gpt_neox", "gemma3", "falcon_h1")),
     ],
 )
 def test_everything_read_gives_the_logits_of_dynamic_cache(
     policy: str, architecture: str, tmp_path: Path
 ) -> None:
-    model, ids = make_model(architecture, "eager"), prompt(2, 400)
-    expected = logits(model, DynamicCache(config=model.config), ids.repeat(1, 3))
-    with sparse_cache(model, tmp_path, policy, 1.0, rows=2) as cache:
-        found = logits(model, cache, ids.repeat(1, 3))
+    rows = 2 if policy == "adaptive" else 1
+    model, ids = make_model(architecture, "eager"), prompt(rows, 400).repeat(1, 3)
+    expected = logits(model, DynamicCache(config=model.config), ids)
+    with sparse_cache(model, tmp_path, policy, 1.0, rows=rows) as cache:
+        found = logits(model, cache, ids)
         assert (cache.stats().retrieved_tokens > 0) == (policy in INDEXED)
         cache.check_integrity()
     for a, b in zip(expected, found, strict=True):
@@ -223,7 +223,7 @@ def test_all_heads_streaming_equals_the_streaming_policy(tmp_path: Path) -> None
 @pytest.mark.leaks
 def test_error_target_reads_as_much_as_it_takes(tmp_path: Path) -> None:
     model, tokenizer = load_recall_model()
-    document = build_document(8192, 8, seed=3)
+    document = build_document(4096, 8, seed=3)
     reader, facts = Reader(model, tokenizer, document, 1024), choose_facts(document, 4, seed=3)
     shares = []
     for target in (0.3, 0.03):

@@ -13,7 +13,7 @@ from tests.support.models import VOCAB_SIZE
 CacheFactory = Callable[[], Cache]
 """Returns a new, empty cache."""
 
-NEW_TOKENS = 8
+NEW_TOKENS = 6
 """Tokens generated per call."""
 
 

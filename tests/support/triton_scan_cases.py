@@ -150,19 +150,20 @@ class ScanCases:
         limit = step / 2 * levels.abs().sum(-1).unsqueeze(1) * scale.abs() + 1e-3
         assert ((found - expected).abs() <= limit)[scanned].all()
 
-    @pytest.mark.parametrize("group", ["max", "sum"])
-    @pytest.mark.parametrize("num_queries", [1, 3, 16])
-    @pytest.mark.parametrize("num_bits", [1, 2])
+    @pytest.mark.parametrize(
+        ("num_bits", "num_queries", "group"),
+        [(1, 1, "max"), (2, 1, "sum"), (1, 3, "sum"), (2, 16, "max"), (1, 16, "sum")],
+    )
     def test_scan_finds_and_estimates_what_its_definition_does(
         self, num_bits: int, num_queries: int, group: Combine
     ) -> None:
-        tables = make_index((300, 37), num_bits, 64).tables()
+        tables = make_index((170, 37), num_bits, 64).tables()
         found, expected = self._scan_both(tables, round_queries(num_queries, 64), 9, group)
         check_scan(found, expected)
         assert torch.equal(found.places.cpu(), expected.places)  # best first
 
     @pytest.mark.parametrize("key_dim", [80, 128])
-    @pytest.mark.parametrize("lengths", [(1,), (16, 1), (700,)])
+    @pytest.mark.parametrize("lengths", [(1,), (16, 1), (330,)])
     def test_scan_of_segments_of_any_length_is_that_of_its_definition(
         self, lengths: tuple[int, ...], key_dim: int
     ) -> None:
