@@ -16,7 +16,7 @@ from offload import (
     SessionNotFound,
     SessionStore,
 )
-from tests.support.generation import generate, padded_prompt, prompt
+from tests.support.generation import NEW_TOKENS, generate, padded_prompt, prompt
 from tests.support.models import ARCHITECTURES, make_model, tight_capacity
 
 pytestmark = pytest.mark.leaks
@@ -220,7 +220,7 @@ def test_reuse_of_a_damaged_prefix_ends_before_the_damage(
         load(model, tmp_path, store)
     assert store.info("chat").is_damaged
     with load(model, tmp_path, store, "again") as cache:
-        assert cache.get_seq_length() == first.shape[1] + 7
+        assert cache.get_seq_length() == first.shape[1] + NEW_TOKENS - 1
     store.delete("chat")
 
 

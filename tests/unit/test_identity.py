@@ -338,14 +338,13 @@ def test_identify_with_a_config_that_json_cannot_say_is_refused() -> None:
         identify(model)
 
 
-@pytest.mark.parametrize("seed", ["0", "1"])
-def test_identity_in_another_process_is_the_same_whatever_its_hash_seed(seed: str) -> None:
+def test_identity_in_another_process_with_another_hash_seed_is_the_same() -> None:
     code = (
         "import json; from dataclasses import asdict; from offload.identity import identify;"
         "from tests.unit.test_identity import constant_model as model;"
         "print(json.dumps(asdict(identify(model()))))"
     )
-    environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
