@@ -4,7 +4,7 @@ One encoding of a real H.264 file with a sliding window, and all questions on it
 window alone cannot answer; full attention is out of what the model was trained for. ``first``: the
 true frame is the first of the evidence; ``read``: bytes from disk for one question.
 
-    python -m benchmarks.badge_world [--frames 1000] [--seeds 0 1] [--json FILE]
+    python -m benchmarks.badge_world [--frames 1000] [--seeds 0 1] [--phrase TEXT] [--json FILE]
 """
 
 import argparse
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from offload.bench.outputs import write_figures
 from offload.video.answerer import Answerer
 from offload.video.badge_adapter import badge_adapter
-from offload.video.badge_world import make_stream, write_mp4
+from offload.video.badge_world import PHRASES, make_stream, write_mp4
 from offload.video.encoder import StreamEncoder
 from offload.video.retrieval import Mode, RetrievalPlan
 from offload.video.sources import open_source
@@ -80,12 +80,12 @@ def _truth(question: Question) -> Callable[[str, int], list[float]]:
     return lambda _text, count: [float(start <= second < end) for second in range(count)]
 
 
-def measure(frames: int, seeds: Sequence[int]) -> list[Row]:
+def measure(frames: int, seeds: Sequence[int], phrase: str = PHRASES[0]) -> list[Row]:
     """Encode each stream once, and ask everything in every mode."""
     found: dict[tuple[Mode, int, int], list[tuple[bool, bool, float, float]]] = {}
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            pictures, questions = make_stream(frames, seed)
+            pictures, questions = make_stream(frames, seed, phrase)
             video = Path(folder) / "badges.mp4"
             write_mp4(video, pictures)
             sizes: dict[str, int | str] = {"gpu": "192KiB", "disk": "1GiB"}
@@ -131,9 +131,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--frames", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    text = "how to ask: %(choices)s"
+    parser.add_argument("--phrase", choices=PHRASES, default=PHRASES[0], metavar="TEXT", help=text)
     parser.add_argument("--json", type=Path, help="write all figures")
     options = parser.parse_args(sys.argv[1:])
-    rows = measure(options.frames, options.seeds)
+    rows = measure(options.frames, options.seeds, options.phrase)
     Console(width=110).print(report(rows))
     write_figures(options.json, rows)
 

@@ -109,4 +109,4 @@ def _attend(
         sinks=kwargs.get("s_aux"),
         expand=module.expand_kv if handle.core.latent_dims is not None else None,
     )
-    return handle.core.attend(handle.layer, call, handle.appended)
+    return handle.attend(call)

@@ -14,7 +14,7 @@ from offload.core import CacheCore
 from offload.errors import ConfigError
 from offload.layers import OffloadedLayer, offloaded
 from offload.masks import MaskLength
-from offload.presets import Preset
+from offload.presets import Preset, customised
 from offload.session_link import SessionLink
 from offload.sessions.listing import SessionInfo
 from offload.sessions.store import SessionStore
@@ -35,8 +35,8 @@ class OffloadedCache(Cache):
     Parameters
     ----------
     tiers : sequence of str
-        Ordered, non-empty subset of ``["gpu", "cpu", "disk"]``. ``"gpu"`` is the device of the
-        model, also where that is the CPU.
+        Ordered, non-empty subset of ``["gpu", "cpu", "disk", "remote"]``. ``"gpu"`` is the device
+        of the model, also where that is the CPU; ``"remote"`` needs ``"disk"``.
     policy : str or Preset
         ``"exact"``: every query attends to every key. ``"adaptive"``: decoding reads the keys that
         matter and estimates the others. More in ``docs/retrieval.md``; ``presets.customised``
@@ -63,6 +63,8 @@ class OffloadedCache(Cache):
     disk_path : path, optional
         Folder for the disk tier; a private folder is made inside and removed on ``close``. Default:
         the user's cache folder.
+    remote_url : str, optional
+        Where the tier ``"remote"`` writes, such as ``"s3://bucket/prefix"`` (``docs/remote.md``).
     chunk_tokens : int
         Tokens per chunk, the unit that moves between tiers.
     config : PreTrainedConfig, optional
@@ -86,20 +88,13 @@ class OffloadedCache(Cache):
         placement: str = "first",
         capacity: Mapping[str, int | str] | None = None,
         disk_path: str | Path | Sequence[str | Path] | None = None,
+        remote_url: str | None = None,
         chunk_tokens: int = 64,
         config: Any = None,
     ) -> None:
+        preset = customised(policy, budget=budget, error=error, max_wait_us=max_wait_us)
         settings = check_settings(
-            tiers,
-            policy,
-            capacity,
-            disk_path,
-            chunk_tokens,
-            budget,
-            error,
-            max_wait_us,
-            codec,
-            placement,
+            tiers, preset, capacity, disk_path, chunk_tokens, codec, placement, remote_url
         )
         self._adopt(CacheCore(settings), [])
         if config is not None:
@@ -293,7 +288,7 @@ class OffloadedCache(Cache):
             raise
         try:
             link = SessionLink(opened, owns_store=owns)
-            cache._core.links[opened.path] = link
+            cache._core.links[link.key] = link
             resume.restore(cache._core, cache.layers, link, file, held, model.device)
         except BaseException:
             cache.close()

@@ -11,7 +11,10 @@ from typing import Final
 
 from offload.errors import OffloadError
 
-_COMMANDS: Final = ("doctor", "demo", "generate", "sessions", "fsck", "bench", "eval", "video")
+_COMMANDS: Final = (
+    *("doctor", "demo", "generate", "sessions", "fsck", "bench", "eval", "video"),
+    *("serve", "ps", "chat", "config"),
+)
 """Each is a module ``offload.cli_<name>`` with ``add_parser(subparsers)`` and ``run(args)``."""
 
 _EXIT_REFUSED: Final = 2

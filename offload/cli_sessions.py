@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from offload.cli_client import add_client_options
 from offload.cli_progress import count_progress
+from offload.cli_sessions_daemon import ONLY_DAEMON, add_daemon_actions, run_on_daemon
 from offload.cli_store import add_store_options, existing_root, print_result
 from offload.config import format_size
 from offload.errors import ConfigError, CorruptChunk
@@ -40,6 +42,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         action = actions.add_parser(name, help=text)
         action.set_defaults(act=act, makes_root=makes_root, quota=None, min_free=None)
         add_store_options(action)
+        add_client_options(action)
         return action.add_argument
 
     add("list", _list, "show all sessions")
@@ -56,10 +59,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     argument = add("limits", _usage, "set the quota of a root, new or not", makes_root=True)
     argument("--quota", metavar="SIZE", help="hard limit of all below the root, such as 200GiB")
     argument("--min-free", metavar="SIZE", help="what is to stay free on the device; may be 0")
+    add_daemon_actions(actions)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what was asked, and print what came of it.
+    """Do what was asked, and print what came of it: in a root, or by a daemon where one is named.
 
     Returns
     -------
@@ -71,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     OffloadError
         There is no such root or session, or the store refuses.
     """
+    if args.url is not None or args.action in ONLY_DAEMON:
+        return run_on_daemon(args)
     _refuse_impossible(args)
     root = args.root if args.makes_root else existing_root(args.root)
     with SessionStore(root, quota=args.quota, min_free=args.min_free) as store:

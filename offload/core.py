@@ -29,15 +29,15 @@ class _Family:
         Caches not closed yet; the last one removes the files.
     engine : Engine or None
         The tiers, made by the first keys that any of them sees.
-    links : dict of Path to SessionLink
-        By root of the session store.
+    links : dict of (Path, str) to SessionLink
+        By root and salt of the session store.
     abandoned : deque of CacheCore
         Dropped without being closed, for whoever uses one of the others next.
     """
 
     num_open: int = 1
     engine: Engine | None = None
-    links: dict[Path, SessionLink] = field(default_factory=dict)
+    links: dict[tuple[Path, str], SessionLink] = field(default_factory=dict)
     abandoned: "deque[CacheCore]" = field(default_factory=deque)
 
     def bury(self) -> None:
@@ -109,7 +109,7 @@ class CacheCore:
         try:
             return self.runtime.attend(layer, call, appended)
         except BaseException as error:
-            self._report_damage(error)
+            self.report_damage(error)
             self._undo(error)
             raise
 
@@ -217,8 +217,8 @@ class CacheCore:
         return self._family.num_open > 1
 
     @property
-    def links(self) -> dict[Path, SessionLink]:
-        """What this cache and its forks have in common with session stores, by root."""
+    def links(self) -> dict[tuple[Path, str], SessionLink]:
+        """What this cache and its forks have in common with session stores, by root and salt."""
         return self._family.links
 
     def _open(self, keys: Tensor, values: Tensor) -> Runtime:
@@ -243,7 +243,7 @@ class CacheCore:
                 for link in self.links.values():
                     link.forget()
 
-    def _report_damage(self, error: BaseException) -> None:
+    def report_damage(self, error: BaseException) -> None:
         """Tell the session stores which of their records could not be read."""
         if isinstance(error, CorruptChunk) and self.runtime is not None:
             for link in self.links.values():

@@ -13,6 +13,7 @@ from offload.pipeline_control import PipelineControl
 from offload.pipeline_start import open_control
 from offload.placement import FIRST
 from offload.prefetch.stream import ChunkStream
+from offload.remote_room import open_below
 from offload.sparse.importance import ImportanceWatch
 from offload.sparse.retrieval import Retrieval
 from offload.sparse.row_plan import RowMemory
@@ -255,7 +256,8 @@ class Engine:
                 f"gpu capacity {capacity} bytes cannot hold {tail_bytes} bytes of growing chunks "
                 f"beside {staging_bytes} bytes of staging"
             )
-        self.store.shrink(0, slots)
+        if slots < self.device_pool.num_slots:
+            self.store.shrink(0, slots)
         self.store.restart_peaks()
 
     def _note_peaks(self) -> None:
@@ -361,7 +363,8 @@ class Engine:
             deadline_s=config.deadline_s,
             choose_codec=self._importance or self._codecs,
         )
-        return self.disk if config.faults is None else FaultyTier(self.disk, config.faults)
+        tier = self.disk if config.faults is None else FaultyTier(self.disk, config.faults)
+        return tier if config.remote_url is None else open_below(tier, config, self.layout)
 
     def _memory_tier(self, name: str, capacity_bytes: int, device: torch.device) -> MemoryTier:
         return MemoryTier(

@@ -21,13 +21,16 @@ class EngineConfig:
     Attributes
     ----------
     capacities : dict of str to int
-        Bytes of each tier, fastest first: an ordered subset of ``gpu``, ``cpu``, ``disk``.
+        Bytes of each tier, fastest first: an ordered subset of ``gpu``, ``cpu``, ``disk``,
+        ``remote``.
     preset : Preset
     chunk_tokens : int
     scratch : ScratchDir or None
         Where the disk tier writes.
     more_scratch : tuple of ScratchDir
         On further disks, among which a preset that attends beside them divides the heads.
+    remote_url : str or None
+        Of the object store that takes what the disk has no room for.
     deadline_s : float
         Longest wait for one transfer.
     faults : FaultPlan or None
@@ -47,6 +50,7 @@ class EngineConfig:
     codec: str = "raw"
     placement: str = FIRST
     more_scratch: tuple[ScratchDir, ...] = ()
+    remote_url: str | None = None
 
     def close_scratch(self) -> None:
         """Remove the folders of the disk tier."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from offload.core import CacheCore
+from offload.exact import AttentionCall
 from offload.sequence import Appended
 
 _ATTRIBUTE = "_offload_handle"
@@ -34,6 +35,10 @@ class Handle:
     core: CacheCore
     layer: int
     appended: Appended
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attend with the layer's queries; see ``Runtime.attend``."""
+        return self.core.attend(self.layer, call, self.appended)
 
     def expanded(self, keys: Tensor, values: Tensor) -> "Handle":
         """Return the handle with the new latents replaced by what the model made of them."""

@@ -31,11 +31,12 @@ def link_to(core: CacheCore, store: Store) -> SessionLink:
         opened, owns = store, False
     else:
         path = None if store is None else Path(store).expanduser().absolute()
-        for root, link in core.links.items():
+        for (root, _), link in core.links.items():
             if path is None or root == path:
                 return link
         opened, owns = SessionStore(path), True
-    link = core.links.setdefault(opened.path, SessionLink(opened, owns_store=owns))
+    link = SessionLink(opened, owns_store=owns)
+    link = core.links.setdefault(link.key, link)
     if owns and link.store is not opened:
         opened.close()
     return link
@@ -147,6 +148,29 @@ def restore(
         if index != INDEXES:
             restore_layer(layers[int(index)], packed, file.tensors, device)
     restore_indexes(runtime, file.state.get(INDEXES, ()), file.tensors)
+
+
+def fill(
+    core: CacheCore,
+    layers: list[Any],
+    store: SessionStore,
+    name: str,
+    model: PreTrainedModel,
+    weights_id: str | None,
+) -> Tensor | None:
+    """Fill an empty cache, perhaps a fork, with a session; returns the session's token ids.
+
+    Raises
+    ------
+    SessionNotFound, NamespaceMismatch, CorruptChunk
+        As ``OffloadedCache.load`` does. The cache may hold a part of the session: close it.
+    ConfigError
+        The session's chunks are of another layout than those of the cache's other forks.
+    CapacityError
+    """
+    _, _, file, held = open_session(store, name, model, weights_id)
+    restore(core, layers, link_to(core, store), file, held, model.device)
+    return file.token_ids
 
 
 def reuse(

@@ -11,12 +11,14 @@ from offload.errors import CapacityError
 from offload.exact import AttentionCall, PastChunks, attend
 from offload.index.exact import visible_chunks
 from offload.prefetch.plan import LayerPlan, LoadGroup, place_of, plan_layer, slot_at
+from offload.remote_room import stats_of_both
 from offload.sequence import Appended, LayerSequence, check_states
 from offload.sparse.retrieval import Layer
 from offload.sparse.self_check import ErrorStats
 from offload.stats import CacheStats, TierStats
 from offload.tiers.memory import MemoryTier
 from offload.tiers.pool import grid_view
+from offload.tiers.remote_below import DiskThenRemote
 from offload.types import ChunkId, Partial
 
 _PlanKey = tuple[int, int, range, range]
@@ -265,8 +267,11 @@ def _without(whole: range, part: range) -> list[range]:
 def _collect(runtime: Runtime) -> CacheStats:
     engine = runtime.engine
     counters, table = engine.counters, engine.store.table
-    tiers = {}
+    tiers: dict[str, TierStats] = {}
     for level, tier in enumerate(engine.tiers):
+        if isinstance(tier, DiskThenRemote):
+            tiers |= stats_of_both(tier, table, counters, level)
+            continue
         beside = engine.beside_chunks_bytes(tier.name)
         tiers[tier.name] = TierStats(
             used_bytes=tier.used_bytes + beside,

@@ -141,6 +141,12 @@ class LayerSequence:
         rows = torch.cat([*columns, self.tail[:, :, : self.tail_tokens]], 2)
         return rows[..., : self._layout.key_dim], rows[..., self._layout.key_dim :]
 
+    def read_after(self, num_positions: int) -> Tensor:
+        """Return what follows so many chunks, ``[batch, num_kv_heads, num_tokens, row_dim]``."""
+        later = range(num_positions, self.tables.num_positions)
+        columns = [self._read_column(position) for position in later]
+        return torch.cat([*columns, self.tail[:, :, : self.tail_tokens]], 2)
+
     def fork(self) -> "LayerSequence":
         """Return a copy that shares every chunk; only the tail is copied."""
         copy = LayerSequence(self._store, self._layer)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -14,11 +15,10 @@ from offload.sessions.keys import record_id
 from offload.sessions.namespace import Namespace
 from offload.sessions.opening import Held
 from offload.sessions.saving import Column, Content, Saved
+from offload.sessions.session_file import BlockRef
 from offload.sessions.store import SessionStore
+from offload.table import ChunkTable
 from offload.types import ChunkId, ChunkInfo, SlotId
-
-if TYPE_CHECKING:
-    from offload.sessions.session_file import BlockRef
 
 _TAIL = "tail."
 
@@ -40,7 +40,42 @@ class SessionLink:
         self.store = store
         self._owns_store = owns_store
         self._known: dict[Column, BlockRef] = {}
+        # The chunks that stand for a record: only they may have adopted it, and who restores it
+        # while they live shares them.
+        self._owners: dict[BlockRef, Column] = {}
         self._held: list[Held] = []
+
+    @property
+    def key(self) -> tuple[Path, str]:
+        """Root and salt of the store: two tenants of one root have nothing in common."""
+        return self.store.path, self.store.salt
+
+    def trim(self, engine: Engine) -> None:
+        """Forget chunks that no cache has any more, and let go of what only they needed.
+
+        For who saves and closes forks for days, while others of the same cache stay open. The
+        caller holds the engine's lock.
+        """
+        table = engine.store.table
+        self._known = {
+            column: ref
+            for column, ref in self._known.items()
+            if all(chunk in table for chunk in column)
+        }
+        self._owners = {
+            ref: column
+            for ref, column in self._owners.items()
+            if any(chunk in table for chunk in column)
+        }
+        needed = {ref.segment for ref in self._known.values()}
+        kept: list[Held] = []
+        for held in reversed(self._held):
+            if needed.isdisjoint(held.shapes):
+                held.release()
+            else:
+                needed -= set(held.shapes)
+                kept.insert(0, held)
+        self._held = kept
 
     def content(
         self,
@@ -62,10 +97,9 @@ class SessionLink:
         """
         layers = sorted(runtime.layers)
         engine = runtime.engine
+        rows = _columns(runtime, layers)
         tails = {
-            f"{_TAIL}{index}": runtime.layers[index]
-            .tail[:, :, : runtime.layers[index].tail_tokens]
-            .cpu()
+            f"{_TAIL}{index}": runtime.layers[index].read_after(len(rows[0])).cpu()
             for index in layers
         }
         return Content(
@@ -73,7 +107,7 @@ class SessionLink:
             layout=engine.layout,
             layers=tuple(layers),
             num_tokens=common_length(runtime),
-            rows=_columns(runtime, layers),
+            rows=rows,
             read=partial(start_read, engine.tiers, engine.store.table),
             token_ids=token_ids,
             tensors={**tails, **tensors},
@@ -99,6 +133,7 @@ class SessionLink:
             for row in _columns(runtime, layers)
             for position, column in enumerate(row)
             if self._known.get(column) != saved.refs[column]
+            and self._own(saved.refs[column], column, engine.store.table)
         }
         for number, layer in enumerate(layers):
             engine.store.adopt_copies(_copies(engine, saved, columns, number, layer))
@@ -108,6 +143,7 @@ class SessionLink:
             self._held += earlier
         else:
             self._known = dict(saved.refs)
+            self._owners = {ref: column for column, ref in saved.refs.items()}
             for held in earlier:
                 held.release()
 
@@ -119,6 +155,8 @@ class SessionLink:
         tails: Mapping[str, Tensor] | None,
     ) -> None:
         """Fill a runtime that was just opened with the chunks of a store. No chunk is read.
+
+        Those that a fork has already are shared with it, wherever they are.
 
         Parameters
         ----------
@@ -136,13 +174,15 @@ class SessionLink:
         with engine.lock:
             for number, index in enumerate(layers):
                 sequence = runtime.layer(index)
-                columns = _adopt_layer(engine, held, number, index)
+                columns = _adopt_layer(engine, held, number, index, self._owners)
                 tail = sequence.tail[:, :, :0] if tails is None else tails[f"{_TAIL}{index}"]
                 sequence.restore(columns, tail.to(sequence.tail.device))
                 by_layer.append(columns)
         for row, refs in enumerate(held.rows):
             for position, ref in enumerate(refs):
-                self._known[tuple(columns[position][row] for columns in by_layer)] = ref
+                column = tuple(columns[position][row] for columns in by_layer)
+                self._known[column] = ref
+                self._owners[ref] = column
 
     def report_damage(self, engine: Engine) -> None:
         """Have the store look again at the records that a read could not verify."""
@@ -168,10 +208,17 @@ class SessionLink:
             if path in fingerprints:
                 self.store.recheck(path, engine.layout, fingerprints[path], [(index, info)])
 
+    def _own(self, ref: BlockRef, column: Column, table: ChunkTable) -> bool:
+        """Have some chunks stand for a record, unless others do; return whether they do now."""
+        owner = self._owners.get(ref)
+        if owner is None or not any(chunk in table for chunk in owner):
+            owner = self._owners[ref] = column
+        return owner == column
+
     def forget(self) -> None:
         """Let go of every chunk: the cache has none any more."""
         held, self._held = self._held, []
-        self._known = {}
+        self._known, self._owners = {}, {}
         for lease in held:
             lease.release()
 
@@ -199,10 +246,14 @@ def common_length(runtime: Runtime) -> int:
 
 
 def _columns(runtime: Runtime, layers: Sequence[int]) -> list[list[Column]]:
-    """Return, by row and then by position, the chunks of all layers."""
+    """Return, by row and then by position, the chunks of all layers.
+
+    As many as every layer has: of equally many tokens, one may have the last in a full tail, where
+    another has sealed it, in a step that was undone.
+    """
     tables = [runtime.layers[index].tables.rows for index in layers]
     num_rows = len(tables[0])
-    return [list(zip(*(rows[row] for rows in tables), strict=True)) for row in range(num_rows)]
+    return [list(zip(*(rows[row] for rows in tables), strict=False)) for row in range(num_rows)]
 
 
 def _copies(
@@ -221,20 +272,32 @@ def _copies(
             yield chunk, ChunkInfo(record_id(ref.key), layer, position * size), slot
 
 
-def _adopt_layer(engine: Engine, held: Held, number: int, layer: int) -> list[list[ChunkId]]:
+def _adopt_layer(
+    engine: Engine, held: Held, number: int, layer: int, owners: Mapping[BlockRef, Column]
+) -> list[list[ChunkId]]:
     """Return chunks for one layer's records, by position and then by row."""
     assert engine.disk is not None
     size = engine.layout.chunk_tokens
     columns: list[list[ChunkId]] = []
-    for position, refs in enumerate(zip(*held.rows, strict=True)):
-        chunks: dict[BlockRef, ChunkId] = {}
-        for ref in refs:
-            if ref in chunks:
-                engine.store.table.share([chunks[ref]])
-                continue
-            path, index = held.place(ref, number)
-            [slot] = engine.disk.adopt(path, held.fingerprint, [index])
-            info = ChunkInfo(record_id(ref.key), layer, position * size)
-            chunks[ref] = engine.store.adopt(info, slot)
-        columns.append([chunks[ref] for ref in refs])
+    taken: list[ChunkId] = []
+    try:
+        for position, refs in enumerate(zip(*held.rows, strict=True)):
+            chunks: dict[BlockRef, ChunkId] = {}
+            for ref in refs:
+                known = chunks.get(ref)
+                if known is None and ref in owners:
+                    known = ChunkId(owners[ref][number])
+                if known is not None and known in engine.store.table:
+                    engine.store.table.share([known])
+                else:
+                    path, index = held.place(ref, number)
+                    [slot] = engine.disk.adopt(path, held.fingerprint, [index])
+                    info = ChunkInfo(record_id(ref.key), layer, position * size)
+                    known = engine.store.adopt(info, slot)
+                chunks[ref] = known
+                taken.append(known)
+            columns.append([chunks[ref] for ref in refs])
+    except BaseException:
+        engine.store.release(taken)
+        raise
     return columns

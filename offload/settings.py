@@ -1,6 +1,7 @@
 """Check what the user asked for before any work is done."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypedDict
@@ -16,7 +17,10 @@ from offload.presets import Preset, customised
 from offload.tiers.codec_ladder import find_codec
 from offload.tiers.scratch import ScratchDir, default_parent
 
-TIERS = ("gpu", "cpu", "disk")
+TIERS = ("gpu", "cpu", "disk", "remote")
+
+_REMOTE_BYTES = 1 << 40
+"""Capacity of an object store unless given: it has no end that could be measured, but a price."""
 
 
 class CacheOptions(TypedDict, total=False):
@@ -30,6 +34,7 @@ class CacheOptions(TypedDict, total=False):
     placement: str
     capacity: Mapping[str, int | str] | None
     disk_path: str | Path | Sequence[str | Path] | None
+    remote_url: str | None
 
 
 def check_tiers(tiers: object) -> tuple[str, ...]:
@@ -67,11 +72,13 @@ def check_capacity(
         if tier not in tiers:
             raise ConfigError(f"capacity names tier {tier!r}, but the tiers are {list(tiers)}")
         given[tier] = parse_size(size)
-    if all(tier in given for tier in tiers):
-        return {tier: given[tier] for tier in tiers}
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    defaults = default_capacities(survey(disk_path or default_parent(), gpus), tiers, *gpus)
-    return {tier: given.get(tier, defaults[tier]) for tier in tiers}
+    defaults = {"remote": _REMOTE_BYTES, **given}
+    if not all(tier in defaults for tier in tiers):
+        gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        local = [tier for tier in tiers if tier != "remote"]
+        machine = survey(disk_path or default_parent(), gpus)
+        defaults = {**defaults, **default_capacities(machine, local, *gpus), **given}
+    return {tier: defaults[tier] for tier in tiers}
 
 
 def check_codec(codec: str, tiers: Sequence[str], placement: str = FIRST) -> None:
@@ -125,6 +132,27 @@ def check_near(preset: Preset, tiers: Sequence[str], codec: str) -> None:
         )
     if codec != "raw":
         raise ConfigError(f"policy {preset.name!r} reads chunks as they are; codec={codec!r}")
+    if "remote" in tiers:
+        raise ConfigError(f"policy {preset.name!r} attends beside the disk, not beside 'remote'")
+
+
+def check_remote(remote_url: object, tiers: Sequence[str]) -> None:
+    """Raise ConfigError if the remote tier is only half asked for, or cannot be opened."""
+    if "remote" not in tiers:
+        if remote_url is not None:
+            raise ConfigError(f"remote_url needs the tier 'remote'; tiers: {list(tiers)}")
+        return
+    if "disk" not in tiers:
+        raise ConfigError(f"'remote' takes what 'disk' has no room for; tiers: {list(tiers)}")
+    if not isinstance(remote_url, str):
+        raise ConfigError(
+            f"the tier 'remote' needs remote_url, such as 's3://bucket/prefix', not {remote_url!r}"
+        )
+    if find_spec("obstore") is None:
+        raise ConfigError("the tier 'remote' needs obstore: pip install 'kv-offload[remote]'")
+    from offload.tiers.remote_bucket import Bucket  # with obstore, which is optional
+
+    Bucket(remote_url).close()
 
 
 def check_settings(
@@ -133,11 +161,9 @@ def check_settings(
     capacity: Mapping[str, int | str] | None,
     disk_path: str | Path | Sequence[str | Path] | None,
     chunk_tokens: object,
-    budget: float | int | None = None,
-    error: float | None = None,
-    max_wait_us: float | None = None,
     codec: str = "raw",
     placement: str = FIRST,
+    remote_url: str | None = None,
 ) -> EngineConfig:
     """Turn the arguments of ``OffloadedCache`` into an engine's configuration.
 
@@ -150,7 +176,7 @@ def check_settings(
         Says what was given and what would do.
     """
     names = check_tiers(tiers)
-    preset = customised(policy, budget=budget, error=error, max_wait_us=max_wait_us)
+    preset = customised(policy)
     tokens = check_chunk_tokens(chunk_tokens)
     if disk_path is not None and "disk" not in names:
         raise ConfigError(f"disk_path={str(disk_path)!r} needs the tier 'disk'; tiers: {names}")
@@ -158,6 +184,7 @@ def check_settings(
     check_moves(placement, preset, names)
     check_codec(codec, names, placement)
     check_near(preset, names, codec)
+    check_remote(remote_url, names)
     capacities = check_capacity(names, capacity, paths[0])
     scratches = [ScratchDir(path) for path in paths] if "disk" in names else [None]
     return EngineConfig(
@@ -168,4 +195,5 @@ def check_settings(
         codec=codec,
         placement=placement,
         more_scratch=tuple(scratch for scratch in scratches[1:] if scratch is not None),
+        remote_url=remote_url,
     )

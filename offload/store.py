@@ -240,7 +240,7 @@ class ChunkStore:
             if tier.num_free:
                 self._move(chunk, level, level)
             else:
-                self._demote(chunk, level)
+                self.demote(chunk, level)
 
     def reap(self) -> None:
         """Book the stores that have finished; raises if one failed."""
@@ -288,7 +288,7 @@ class ChunkStore:
                 self.drop_copy(chunk, level)
         elif missing > 0:
             for victim in self._policies[level].victims(missing, self.table.protected):
-                self._demote(victim, level)
+                self.demote(victim, level)
         free = tier.num_free if stream is None else tier.num_free_for(stream, batch)
         return min(wanted, free // batch)
 
@@ -335,7 +335,7 @@ class ChunkStore:
             else:
                 self.release([chunk])
 
-    def _demote(self, chunk: ChunkId, level: int) -> None:
+    def demote(self, chunk: ChunkId, level: int) -> None:
         """Move a chunk down; one that has a copy below needs no room there."""
         is_below = any(lower > level for lower in self.table[chunk].slots)
         self._move(chunk, level, level + 1 if is_below else self._level_below(level))

@@ -67,6 +67,9 @@ class EngineSettings:
         None: what the model's config says.
     prefill_tokens : int
         Tokens of a prompt that are computed at a time; between two pieces the others decode.
+    max_piece_s : float
+        About how long a piece may take while others wait for their next token; it is made shorter
+        for that, down to 16 tokens.
     max_running, max_waiting : int
         Requests that are computed side by side, and that wait for it.
     queue_timeout_s : float
@@ -83,6 +86,7 @@ class EngineSettings:
     chunk_tokens: int = 64
     max_context_tokens: int | None = None
     prefill_tokens: int = 512
+    max_piece_s: float = 0.1
     max_running: int = 64
     max_waiting: int = 256
     queue_timeout_s: float = 120.0

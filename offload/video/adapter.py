@@ -3,12 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from offload.errors import ConfigError
+from offload.video.choices import letter_of
 from offload.video.types import Frame
 
 
@@ -60,10 +61,13 @@ class VideoAdapter(ABC):
     model : Module
         The whole model, in evaluation mode.
     frames_per_unit : int
+    option_names : frozenset of str
+        Arguments besides model and tokenizer.
     """
 
     name: str
     frames_per_unit: int = 1
+    option_names: ClassVar[frozenset[str]] = frozenset({"templates", "mean", "std"})
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model.eval()
@@ -102,6 +106,11 @@ class VideoAdapter(ABC):
         """Numbers that a position consists of: one, or three where models know time and place."""
         return 1
 
+    @property
+    def unit_tokens(self) -> int | None:
+        """Tokens of a unit, if all have as many."""
+        return None
+
     @abstractmethod
     def encode(self, frames: Sequence[Frame]) -> list[Unit]:
         """Turn frames into units; as many as make whole ones, ``frames_per_unit`` each.
@@ -119,6 +128,11 @@ class VideoAdapter(ABC):
     @abstractmethod
     def asking(self, question: str) -> tuple[list[int], list[int]]:
         """Return the tokens of a question, and those that follow it up to the answer."""
+
+    def choosing(self, choices: Sequence[str]) -> str:
+        """Return what follows a question that has choices, in the words of LLaVA's own prompt."""
+        listed = "\n".join(f"{letter_of(k)}. {choice}" for k, choice in enumerate(choices))
+        return f"\n{listed}\nAnswer with the option's letter from the given choices directly."
 
     def text(self, ids: Sequence[int]) -> Unit:
         """Return text as a unit, its positions one after the other on every axis."""

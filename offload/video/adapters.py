@@ -49,7 +49,11 @@ def find_adapter(model: Any, tokenizer: Any, **options: Any) -> VideoAdapter:
     """
     for base in type(model).__mro__:
         if base.__name__ in ADAPTERS:
-            return ADAPTERS[base.__name__](model, tokenizer, **options)
+            kind = ADAPTERS[base.__name__]
+            unknown = options.keys() - kind.option_names
+            if unknown:
+                raise ConfigError(f"{kind.__name__} has no option {', '.join(sorted(unknown))}")
+            return kind(model, tokenizer, **options)
     raise ConfigError(f"{type(model).__name__} is no video model that can be streamed; {_these()}")
 
 

@@ -13,6 +13,7 @@ from offload.video.types import Answer, Evidence, Question
 _TIMINGS = {
     "select": "retrieval_ms",
     "load": "load_ms",
+    "model": "model_ms",
     "first_token": "ttft_ms",
     "total": "total_ms",
 }

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -56,29 +58,39 @@ class Answerer:
             Frames cannot be read.
         """
         started = time.perf_counter()
-        before = self._stream.store.bytes_from.copy()
+        store = self._stream.store
+        bytes_before, seconds_before = store.bytes_from.copy(), store.seconds_from.copy()
         num_units = self._stream.units.before(question.time_s) - 1
-        asked = self._open(question, num_units)
-        logits = self._read_question(asked, question)
-        first_token_s = time.perf_counter() - started
-        text = self._generate(asked, logits)
-        read = self._stream.store.bytes_from
+        with closing(self._open(question, num_units)) as asked:
+            logits = self._read_question(asked, question)
+            first_token_s = time.perf_counter() - started
+            text = self._generate(asked, logits)
+        total_s = time.perf_counter() - started
+        seconds = {
+            "select": asked.select_s,
+            "load": asked.load_s,
+            "model": first_token_s - asked.select_s - asked.load_s,
+            "first_token": first_token_s,
+            "total": total_s,
+            **{
+                f"load_{tier}": spent - seconds_before.get(tier, 0.0)
+                for tier, spent in store.seconds_from.items()
+                if spent > seconds_before.get(tier, 0.0)
+            },
+        }
         places = self._stream.units.places
         return Answer(
             question,
             text,
             self._evidence(asked),
             places[num_units].first_frame + places[num_units].num_frames,
-            {
-                "first_token": 1e3 * first_token_s,
-                "total": 1e3 * (time.perf_counter() - started),
-            },
-            {tier: count - before[tier] for tier, count in read.items() if count > before[tier]},
-            self._about(),
+            {part: 1e3 * spent for part, spent in seconds.items()},
+            dict(store.bytes_from - bytes_before),
+            self._about(asked),
         )
 
     def _open(self, question: Question, num_units: int) -> QuestionPass:
-        plan, scores = self.plan, None
+        plan, scores, started = self.plan, None, time.perf_counter()
         if plan.needs_scores:
             assert plan.choose is not None
             scores = torch.tensor(list(plan.choose(question.text, num_units)))
@@ -86,19 +98,22 @@ class Answerer:
         lead = self._lead()
         asking = slice(lead, lead + len(ids))
         asked = QuestionPass(self._stream, plan, num_units, asking, scores)
-        if not plan.is_consensus or not num_units or plan.mode not in ("rekv", "tokmax"):
+        if not plan.is_consensus or not num_units or not plan.has_own_scores:
             return asked
-        self._run(asked, self._question_units(question.text, has_template=False))
+        with closing(asked):
+            self._run(asked, self._question_units(question))
         stacked = torch.stack([each / each.abs().max() for each in asked.scores.values()])
-        return QuestionPass(self._stream, plan, num_units, asking, stacked.mean(0))
+        agreed = QuestionPass(self._stream, plan, num_units, asking, stacked.mean(0))
+        agreed.select_s = time.perf_counter() - started
+        return agreed
 
     def _read_question(self, asked: QuestionPass, question: Question) -> Tensor:
         """Run a question through the model; return the logits of the first token of the answer."""
         if self._is_twice:
-            self._run(asked, self._question_units(question.text, has_template=False))
+            self._run(asked, self._question_units(question))
             asked.forget_question()
         asked.is_answering = True
-        return self._run(asked, self._question_units(question.text, has_template=True))
+        return self._run(asked, self._question_units(question, has_template=True))
 
     def _generate(self, asked: QuestionPass, logits: Tensor) -> str:
         """Continue greedily until the model ends."""
@@ -115,11 +130,14 @@ class Answerer:
         closing = self._adapter.closing()
         return 0 if closing is None else closing.num_tokens
 
-    def _question_units(self, text: str, *, has_template: bool) -> list[Unit]:
-        question, template = self._adapter.asking(text)
-        closing = self._adapter.closing()
-        units = [] if closing is None else [closing]
-        return [*units, self._adapter.text([*question, *(template if has_template else [])])]
+    def _question_units(self, question: Question, *, has_template: bool = False) -> list[Unit]:
+        """Return what is said; with the template the choices and all up to the answer, too."""
+        ids, template = self._adapter.asking(question.text)
+        if has_template:
+            choices = self._adapter.choosing(question.choices) if question.choices else ""
+            ids = [*ids, *self._adapter.token_ids(choices), *template]
+        closing_unit = self._adapter.closing()
+        return [*([] if closing_unit is None else [closing_unit]), self._adapter.text(ids)]
 
     def _run(self, asked: QuestionPass, units: Sequence[Unit]) -> Tensor:
         start, parts = 0, []
@@ -150,10 +168,11 @@ class Answerer:
             for unit in ranked
         )
 
-    def _about(self) -> dict[str, Any]:
-        plan = self.plan
+    def _about(self, asked: QuestionPass) -> dict[str, Any]:
+        plan, shares = self.plan, list(asked.coverage.values())
         return {
             "model": self._adapter.name,
+            "coverage": fmean(shares) if shares else None,
             "mode": plan.mode,
             "units": plan.num_units,
             "recent": plan.num_recent,

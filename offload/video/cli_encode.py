@@ -1,25 +1,35 @@
 """``offload video encode`` and ``resume``: put a stream into the store, as it comes."""
 
 import argparse
+import json
 import time
-from itertools import dropwhile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 from tqdm import tqdm
 
 from offload.errors import ConfigError, SessionNotFound
 from offload.sessions.store import SessionStore
-from offload.video.adapter import VideoAdapter
 from offload.video.cli_common import (
     add_model_options,
+    add_root_option,
     add_source_options,
+    ended_by_signals,
     open_adapter,
     open_frames,
-    open_root,
     stream_options,
 )
+from offload.video.cli_progress import Progress
 from offload.video.encoder import StreamEncoder
+from offload.video.playing import in_pieces
 from offload.video.stream import VideoStream
 from offload.video.stream_session import StreamSession
+from offload.video.types import Frame
+
+_SAVING_SHARE = 0.05
+"""Of the time, at most, that saving takes: what is rewritten by every save grows with the stream,
+and the longer a save takes, the later is the next."""
 
 
 def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
@@ -30,6 +40,9 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]", nam
     add_source_options(parser)
     text = "save what is encoded every so many seconds, and at the end (default: %(default)s)"
     parser.add_argument("--save-every", type=float, default=10.0, metavar="S", help=text)
+    text = "write what became of the frames as JSON"
+    parser.add_argument("--stats", type=Path, metavar="FILE", help=text)
+    add_root_option(parser)
     add_model_options(parser)
 
 
@@ -41,49 +54,63 @@ def run(args: argparse.Namespace) -> None:
     ConfigError
         There is such a stream already, or none to resume.
     """
-    adapter, store = open_adapter(args), open_root(args)
-    try:
-        session = _open(args, adapter, store)
+    with (
+        _session(args) as session,
+        open_frames(args) as source,
+        Progress(source, session.stream, args.name) as progress,
+        ended_by_signals(),
+    ):
         try:
-            _encode(args, session)
+            _encode(args, session, in_pieces(source, session.stream.last_s), progress)
         finally:
-            session.close()
-    finally:
-        store.close()
+            session.save()
+            _tell(args, progress)
 
 
-def _open(args: argparse.Namespace, adapter: VideoAdapter, store: SessionStore) -> StreamSession:
-    options = stream_options(args)
-    if args.kind == "resume":
-        return StreamSession.load(adapter, args.name, store, **options)
-    try:
-        store.info(args.name)
-    except SessionNotFound:
-        return StreamSession(VideoStream(adapter, **options), args.name, store)
-    raise ConfigError(f"there is a stream {args.name!r}; go on with it: offload video resume")
+def _tell(args: argparse.Namespace, progress: Progress) -> None:
+    figures = progress.figures()
+    counted = ", ".join(f"{figures[name]} {name}" for name in ("dropped", "corrupt", "reconnects"))
+    tqdm.write(f"{args.name}: {figures['frames']} frames, saved; {counted}")
+    if args.stats is not None:
+        args.stats.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def _encode(args: argparse.Namespace, session: StreamSession) -> None:
-    encoder = StreamEncoder(session.stream, args.window)
-    units = session.stream.units
-    last_s = units.places[-1].time_s if len(units.places) > 1 else -1.0
-    saved_at = started = time.monotonic()
-    with open_frames(args) as source, tqdm(unit="frame", desc=args.name) as bar:
-        total = source.duration_s
-        frames = dropwhile(lambda frame: frame.time_s <= last_s, source)
+@contextmanager
+def _session(args: argparse.Namespace) -> Iterator[StreamSession]:
+    """Open model, store and stream: the one of that name, or a new one."""
+    with SessionStore(args.root) as store:
+        is_new = args.kind == "encode"
         try:
-            for count in encoder.extend(frames):
-                bar.update(count)
-                now = time.monotonic()
-                stream_s = units.places[-1].time_s - max(0.0, last_s)
-                bar.set_postfix(
-                    at=f"{units.places[-1].time_s:.0f}s" + (f"/{total:.0f}s" if total else ""),
-                    realtime=f"{stream_s / max(1e-9, now - started):.1f}x",
-                    dropped=source.stats.dropped,
+            store.info(args.name)  # before the model, which takes longer
+        except SessionNotFound:
+            if not is_new:
+                raise
+        else:
+            if is_new:
+                raise ConfigError(
+                    f"there is a stream {args.name!r}; go on with it: offload video resume"
                 )
-                if now - saved_at >= args.save_every:
-                    session.save()
-                    saved_at = time.monotonic()
-        finally:
-            info = session.save()
-    tqdm.write(f"{args.name}: {units.num_frames} frames, {info.num_tokens} tokens a layer, saved")
+        adapter, options = open_adapter(args), stream_options(args)
+        if is_new:
+            session = StreamSession(VideoStream(adapter, **options), args.name, store)
+        else:
+            session = StreamSession.load(adapter, args.name, store, **options)
+        with closing(session):
+            yield session
+
+
+def _encode(
+    args: argparse.Namespace,
+    session: StreamSession,
+    pieces: Iterator[list[Frame]],
+    progress: Progress,
+) -> None:
+    encoder = StreamEncoder(session.stream, args.window)
+    next_at = time.monotonic() + args.save_every
+    for piece in pieces:
+        progress.advance(encoder.add(piece))
+        started = time.monotonic()
+        if started >= next_at:
+            session.save()
+            took_s = time.monotonic() - started
+            next_at = started + max(args.save_every, took_s / _SAVING_SHARE)

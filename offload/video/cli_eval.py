@@ -21,7 +21,7 @@ from offload.video.cli_common import (
 )
 from offload.video.datasets import DATASETS, Dataset, Item, dataset, part_of, require_videos
 from offload.video.encoder import StreamEncoder
-from offload.video.playing import play
+from offload.video.playing import in_pieces, play
 from offload.video.results import write_result
 from offload.video.score_table import latency_table, score_table
 from offload.video.sources import open_source
@@ -92,10 +92,11 @@ def _ask(
     answers: AnswerFile,
 ) -> None:
     left = [each for each in item.questions if each.id not in answers.done]
-    answerer = Answerer(stream, plan_of(args), max_tokens=args.max_tokens)
+    answerer = Answerer(stream, plan_of(args, stream.adapter), max_tokens=args.max_tokens)
     encoder = StreamEncoder(stream, args.window)
     with open_source(item.video_path, fps=args.fps) as source:
-        for answer in play(source, encoder, answerer, left, benchmark.follow_up):
+        pieces = in_pieces(source)
+        for answer in play(pieces, encoder, answerer, left, follow_up=benchmark.follow_up):
             task = item.tasks.get(answer.question.id)
             answers.append(answer, video_id=item.video_id, task=task)
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from offload.sessions.store import SessionStore
 from offload.video.answer_files import read_answers
-from offload.video.cli_common import add_model_options, open_adapter, open_root, stream_options
+from offload.video.cli_common import add_root_option
 from offload.video.evidence import draw_all
-from offload.video.stream_session import StreamSession
+from offload.video.stream_session import read_pictures
 
 
 def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
@@ -18,26 +19,19 @@ def add_parser(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]", nam
     parser.add_argument("name", help="of the stream")
     parser.add_argument("answers", type=Path, help="a file that `offload video ask --out` wrote")
     parser.add_argument("folder", type=Path, help="where the pictures go")
-    add_model_options(parser)
+    add_root_option(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw a sheet of frames and a timeline for each answer.
+    """Draw a sheet of frames and a timeline for each answer; no model is needed.
 
     Raises
     ------
     ConfigError
         There is no such stream or file, or Pillow or matplotlib are missing.
     """
-    adapter, store = open_adapter(args), open_root(args)
-    try:
-        session = StreamSession.load(adapter, args.name, store, **stream_options(args))
-        try:
-            stream = session.stream
-            answers = [record.answer for record in read_answers(args.answers)]
-            made = draw_all(answers, stream.thumbnails, args.folder, stream.units.places[-1].time_s)
-        finally:
-            session.close()
-    finally:
-        store.close()
+    answers = [record.answer for record in read_answers(args.answers)]
+    with SessionStore(args.root) as store:
+        thumbnails, end_s = read_pictures(args.name, store)
+    made = draw_all(answers, thumbnails, args.folder, end_s)
     Console(markup=False).print("\n".join(map(str, made)))

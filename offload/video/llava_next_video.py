@@ -24,6 +24,14 @@ class LlavaNextVideo(LlavaAdapter):
     name = "llava_next_video"
     default_templates = (_USER, _ANSWER)
 
+    @property
+    def unit_tokens(self) -> int:
+        """Patches of a frame, pooled by the stride of the model."""
+        config = self.model.config
+        vision = config.vision_config
+        edge = vision.image_size // vision.patch_size // config.spatial_pool_stride
+        return int(edge**2)
+
     def pixels(self, images: Sequence[Image]) -> Tensor:
         """Resize each picture by its shorter edge, and cut out the middle."""
         return torch.cat([self._cut(image) for image in images])

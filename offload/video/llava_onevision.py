@@ -26,6 +26,13 @@ class LlavaOnevision(LlavaAdapter):
     num_closing = 1
     default_templates = (_SYSTEM, _ANSWER)
 
+    @property
+    def unit_tokens(self) -> int:
+        """Patches of a frame, pooled two by two."""
+        vision = self.model.config.vision_config
+        edge = -(-(vision.image_size // vision.patch_size) // 2)
+        return int(edge**2)
+
     def pixels(self, images: Sequence[Image]) -> Tensor:
         """Resize pictures to the square that the tower sees."""
         side = int(self.model.config.vision_config.image_size)

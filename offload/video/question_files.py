@@ -61,7 +61,7 @@ def read_question_items(path: Path, data_root: Path | None = None) -> list[Item]
     """
     items = ItemList(data_root)
     for entry in _entries(path):
-        question, video = _question(entry, entry.text("id")), entry.text("video")
+        question, video = question_of(entry, entry.text("id")), entry.text("video")
         task = entry.optional(entry.text, "task")
         items.add(video, video, question, task=task, where=entry.where)
     return items.by_video()
@@ -105,7 +105,7 @@ def _questions(path: Path) -> Iterator[tuple[Question, str]]:
     if path.suffix in (".json", ".jsonl"):
         for number, entry in enumerate(_entries(path), start=1):
             name = entry.text("id") if entry.has("id") else f"q{number}"
-            yield _question(entry, name), entry.where
+            yield question_of(entry, name), entry.where
         return
     lines = [line for line in read_text(path).splitlines() if line.strip()]
     for number, line in enumerate(lines, start=1):
@@ -119,7 +119,14 @@ def _entries(path: Path) -> list[Fields]:
     return as_objects(value.get("questions") if isinstance(value, dict) else value, str(path))
 
 
-def _question(entry: Fields, name: str) -> Question:
+def question_of(entry: Fields, name: str) -> Question:
+    """Return the question of an object, under a name; see ``read_questions``.
+
+    Raises
+    ------
+    ConfigError
+        Names the field.
+    """
     choices = plain_choices(entry.texts("choices")) if entry.has("choices") else ()
     return Question(
         id=name,

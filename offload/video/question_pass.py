@@ -1,17 +1,22 @@
 """Attention while a question is asked: each layer reads the units that it chooses."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from offload.kernels.reference import merge
 from offload.video import layers
-from offload.video.retrieval import RetrievalPlan, chosen, scores_of
+from offload.video.retrieval import RetrievalPlan, chosen, coverage_of, scores_of
 from offload.video.rotate import attend, rotated
 from offload.video.stream import VideoStream
 from offload.video.units import laid_out
+
+if TYPE_CHECKING:
+    from offload.video.stream_store import PendingStates
 
 
 @dataclass(slots=True)
@@ -42,6 +47,9 @@ class LayerContext:
 
 class QuestionPass(layers.Attends):
     """Everything that is run through the model for one question.
+
+    Where it is not for the layers to choose, the next one's units are read while one attends.
+    ``close`` when it is over.
 
     Parameters
     ----------
@@ -76,6 +84,17 @@ class QuestionPass(layers.Attends):
         self.masses = torch.zeros(num_units)
         """Of each unit, the largest share of attention that it got from the start of the answer."""
         self.is_answering = False
+        self.coverage: dict[int, float] = {}
+        """By layer: the estimated share of the question's attention that the units read get."""
+        self.select_s = self.load_s = 0.0
+        """For how long layers chose, and stood still for what they chose."""
+        self._ahead: dict[int, PendingStates] = {}
+
+    def close(self) -> None:
+        """Give up what is being read ahead. Idempotent."""
+        for pending in self._ahead.values():
+            pending.abandon()
+        self._ahead = {}
 
     def forget_question(self) -> None:
         """Keep what was chosen, and let go of what was said."""
@@ -118,13 +137,37 @@ class QuestionPass(layers.Attends):
         return merged.out[0].to(query.dtype)
 
     def _choose(self, layer: int, query: Tensor, scale: float) -> LayerContext:
-        plan, scores = self._plan, self._told
-        if scores is None and plan.mode in ("rekv", "tokmax"):
-            means = self._stream.means(layer, self._num_units + 1)[1:]
-            scores = scores_of(plan.mode, query[:, self._asking], means, scale)
+        started = time.perf_counter()
+        units = self._units(layer, query[:, self._asking], scale)
+        places = [self._stream.units.places[1 + unit] for unit in units]
+        ranges = [place.tokens for place in places]
+        chosen_at = time.perf_counter()
+        store = self._stream.store
+        last = min(layer + self._is_told, store.num_layers - 1)
+        for number in range(layer, last + 1):
+            if number not in self._ahead:
+                self._ahead[number] = store.start_read(number, ranges)
+        keys, values = self._ahead.pop(layer).result()
+        self.select_s += chosen_at - started
+        self.load_s += time.perf_counter() - chosen_at
+        return layer_context(self._stream, layer, units, keys, values)
+
+    @property
+    def _is_told(self) -> bool:
+        """Whether all layers read the same, known before they are reached."""
+        return self._told is not None or not self._plan.has_own_scores
+
+    def _units(self, layer: int, asked: Tensor, scale: float) -> list[int]:
+        if not self._num_units:
+            return []
+        means = self._stream.means(layer, self._num_units + 1)[1:]
+        scores = self._told
+        if not self._is_told:
+            scores = scores_of(self._plan.mode, asked, means, scale)
             self.scores[layer] = scores.cpu()
-        units = chosen(plan, scores, self._num_units) if self._num_units else []
-        return read_context(self._stream, layer, units)
+        units = chosen(self._plan, scores, self._num_units)
+        self.coverage[layer] = coverage_of(asked, means, scale, units)
+        return units
 
     def _weigh(self, context: LayerContext, asked: Tensor, lse: Tensor, scale: float) -> None:
         """Note the share of attention of each unit, the largest over heads."""
@@ -137,13 +180,24 @@ class QuestionPass(layers.Attends):
             self.masses[unit] = max(float(self.masses[unit]), share)
 
 
-def read_context(stream: VideoStream, layer: int, units: Sequence[int]) -> LayerContext:
-    """Read units from the tiers and put them behind the opening, close together."""
+def layer_context(
+    stream: VideoStream, layer: int, units: Sequence[int], keys: Tensor, values: Tensor
+) -> LayerContext:
+    """Put units that were read behind the opening, close together.
+
+    Parameters
+    ----------
+    stream : VideoStream
+    layer : int
+    units : sequence of int
+        Counted from the first frame's, in the order of time.
+    keys, values : Tensor, shape (num_kv_heads, num_tokens, dim)
+        Not rotated.
+    """
     opening_keys, opening_values, opening_positions = stream.opening(layer)
     first = stream.units.places[0]
     places = [stream.units.places[1 + unit] for unit in units]
     positions, end = laid_out(places, first.advance, len(first.positions))
-    keys, values = stream.store.read(layer, [place.tokens for place in places])
     turned = rotated(
         stream.adapter,
         torch.cat([opening_keys, keys], 1),

@@ -13,6 +13,9 @@ from offload.video.patches import fitting_size, patches
 from offload.video.pixels import normalised
 from offload.video.types import Frame
 
+MIN_TOKENS = 128
+"""Of the frames of a unit: the least that Qwen's processors make of a frame."""
+
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 """What comes between a question and its answer."""
 
@@ -76,6 +79,8 @@ class QwenVL(VideoAdapter):
         The limits contradict each other.
     """
 
+    option_names = VideoAdapter.option_names | {"min_tokens", "max_tokens"}
+
     def __init__(
         self,
         model: Any,
@@ -84,7 +89,7 @@ class QwenVL(VideoAdapter):
         templates: tuple[str, str, str],
         mean: Sequence[float],
         std: Sequence[float],
-        min_tokens: int = 128,
+        min_tokens: int = MIN_TOKENS,
         max_tokens: int = 768,
     ) -> None:
         super().__init__(model, tokenizer)

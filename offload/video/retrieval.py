@@ -57,6 +57,11 @@ class RetrievalPlan:
         """Whether somebody else says what units are worth."""
         return self.mode in ("oracle", "external")
 
+    @property
+    def has_own_scores(self) -> bool:
+        """Whether units are compared with the question's queries."""
+        return self.mode in ("rekv", "tokmax")
+
 
 REKV = RetrievalPlan("rekv", 64, 0)
 """As published, the recent window left out of the context."""
@@ -70,7 +75,7 @@ def scores_of(mode: Mode, query: Tensor, means: Tensor, scale: float) -> Tensor:
     mode : {"rekv", "tokmax"}
     query : Tensor, shape (num_heads, num_tokens, key_dim)
         Of the question, not rotated.
-    means : Tensor, shape (num_units, num_kv_heads, key_dim), float32
+    means : Tensor, shape (num_units, num_kv_heads, key_dim)
     scale : float
         Of logits.
 
@@ -82,9 +87,31 @@ def scores_of(mode: Mode, query: Tensor, means: Tensor, scale: float) -> Tensor:
     asked = query.float().unflatten(0, (heads, -1))
     if mode == "rekv":
         # A group's queries added up, so that the keys need not be repeated for each of them.
-        return torch.einsum("hd,uhd->u", asked.mean(2).sum(1), means.to(query.device))
-    logits = torch.einsum("hgtd,uhd->hgtu", asked, means.to(query.device)) * (scale * _SHARPNESS)
+        return torch.einsum("hd,uhd->u", asked.mean(2).sum(1), means.to(asked))
+    logits = torch.einsum("hgtd,uhd->hgtu", asked, means.to(asked)) * (scale * _SHARPNESS)
     return logits.softmax(-1).flatten(0, 2).amax(0)
+
+
+def coverage_of(query: Tensor, means: Tensor, scale: float, units: Sequence[int]) -> float:
+    """Return the share of a question's attention to units that some of them get, by mean keys.
+
+    An estimate from what is in memory, of one layer: the softmax over units, as if each were one
+    token with its mean key, averaged over heads and the tokens of the question.
+
+    Parameters
+    ----------
+    query : Tensor, shape (num_heads, num_tokens, key_dim)
+        Of the question, not rotated.
+    means : Tensor, shape (num_units, num_kv_heads, key_dim)
+    scale : float
+        Of logits.
+    units : sequence of int
+    """
+    if not len(units):
+        return 0.0
+    asked = query.float().unflatten(0, (means.shape[1], -1))
+    logits = torch.einsum("hgtd,uhd->hgtu", asked, means.to(asked)) * scale
+    return float(logits.softmax(-1)[..., list(units)].sum(-1).mean())
 
 
 def chosen(plan: RetrievalPlan, scores: Tensor | None, num_units: int) -> list[int]:

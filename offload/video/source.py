@@ -122,6 +122,11 @@ class Source(ABC, Iterator[Frame]):
         """Length of the whole stream, where it is known; a live one may get to know it."""
         return self._duration_s
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the next frame is there already, or only has to be decoded."""
+        return True
+
     def __next__(self) -> Frame:
         """Return the next frame.
 

@@ -77,6 +77,10 @@ class LiveSource(Source):
     def duration_s(self) -> float | None:  # noqa: D102 - docstring inherited
         return self._feed.duration_s
 
+    @property
+    def is_ahead(self) -> bool:  # noqa: D102 - docstring inherited
+        return len(self._queue) > 0
+
     def read_frame(self) -> Frame:  # noqa: D102 - docstring inherited
         frame = self._queue.get(self._feed.patience_s)
         if frame is None:

@@ -5,12 +5,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from offload.settings import check_chunk_tokens
 from offload.video.adapter import Unit, VideoAdapter
 from offload.video.layers import check_model
+from offload.video.mean_keys import MeanKeys, means_of
 from offload.video.stream_store import StreamStore
 from offload.video.thumbnails import Thumbnails
 from offload.video.units import UnitPlace, UnitTable
+
+_CHUNK_TOKENS = 64
+_LEAST_CHUNK_TOKENS, _MOST_CHUNK_TOKENS = 32, 128
 
 
 class VideoStream:
@@ -23,8 +29,10 @@ class VideoStream:
     Parameters
     ----------
     adapter : VideoAdapter
-    tiers, capacity, disk_path, chunk_tokens
+    tiers, capacity, disk_path
         As for ``StreamStore``.
+    chunk_tokens : int, optional
+        Default: such that a frame is whole chunks, where all frames are alike.
 
     Raises
     ------
@@ -39,11 +47,14 @@ class VideoStream:
         tiers: Sequence[str] = ("gpu", "cpu", "disk"),
         capacity: Mapping[str, int | str] | None = None,
         disk_path: str | Path | None = None,
-        chunk_tokens: int = 64,
+        chunk_tokens: int | None = None,
     ) -> None:
         check_model(adapter)
+        chunk_tokens = (
+            chunk_tokens_for(adapter.unit_tokens) if chunk_tokens is None else chunk_tokens
+        )
         self.adapter = adapter
-        self.units = UnitTable()
+        self.units = UnitTable(check_chunk_tokens(chunk_tokens))
         config = adapter.config
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.store = StreamStore(
@@ -59,11 +70,16 @@ class VideoStream:
             chunk_tokens=chunk_tokens,
         )
         self.thumbnails = Thumbnails()
-        self._means: dict[int, list[Tensor]] = {}
-        self._stacked: dict[int, Tensor] = {}
+        self._means = [MeanKeys() for _ in range(self.store.num_layers)]
         self._opening: dict[int, tuple[Tensor, Tensor]] = {}
         self.num_committed = 0
         """Units that are complete in every layer."""
+
+    @property
+    def last_s(self) -> float:
+        """When its last frame was shown; -1 before the first."""
+        places = self.units.places
+        return places[-1].complete_s if len(places) > 1 else -1.0
 
     def begin(self, units: Sequence[Unit]) -> list[UnitPlace]:
         """Give units their places; ``append`` and then ``commit`` or ``undo`` follow."""
@@ -77,17 +93,19 @@ class VideoStream:
         for layer in range(self.store.num_layers):
             nothing = torch.empty(heads, 0, dim, dtype=self.adapter.dtype, device=device)
             self._opening[layer] = (nothing, nothing)
-            self._means[layer] = [torch.zeros(heads, dim, device=device)]
+            self._means[layer].extend(
+                torch.zeros(1, heads, dim, dtype=self.adapter.dtype, device=device)
+            )
 
     def append(self, layer: int, keys: Tensor, values: Tensor, places: Sequence[UnitPlace]) -> None:
         """Store what a layer made of units, ``[num_kv_heads, num_tokens, dim]``, not rotated."""
-        self.store.append(layer, keys, values)
         if layer not in self._opening:
-            count = places[0].num_tokens
-            self._opening[layer] = (keys[:, :count].clone(), values[:, :count].clone())
-        sizes = [place.num_tokens for place in places]
-        means = [part.float().mean(1) for part in keys.split(sizes, 1)]
-        self._means.setdefault(layer, []).extend(means)
+            self._opening[layer] = (keys.clone(), values.clone())
+            padding = (0, 0, 0, self.units.end - keys.shape[1])
+            self.store.append(layer, pad(keys, padding), pad(values, padding))
+        else:
+            self.store.append(layer, keys, values)
+        self._means[layer].extend(means_of(keys, [place.num_tokens for place in places]))
 
     def commit(self, places: Sequence[UnitPlace]) -> None:
         """Note that units are complete."""
@@ -96,19 +114,15 @@ class VideoStream:
     def undo(self, places: Sequence[UnitPlace]) -> None:
         """Take back units that failed half-way."""
         del self.units.places[-len(places) :]
-        end = self.units.places[-1].tokens.stop if self.units.places else 0
-        self.store.truncate(end)
-        for means in self._means.values():
-            del means[self.num_committed :]
+        self.store.truncate(self.units.end)
+        for means in self._means:
+            means.truncate(self.num_committed)
         if not self.num_committed:
             self._opening = {}
 
     def means(self, layer: int, num_units: int) -> Tensor:
         """Return the mean keys of the first units, ``[num_units, num_kv_heads, key_dim]``."""
-        known = self._stacked.get(layer)
-        if known is None or len(known) < num_units:
-            known = self._stacked[layer] = torch.stack(self._means[layer][: self.num_committed])
-        return known[:num_units]
+        return self._means[layer].first(min(num_units, self.num_committed))
 
     def restore(self, places: Sequence[UnitPlace], means: Mapping[int, Tensor]) -> None:
         """Take over units whose keys and values the store has been given.
@@ -121,8 +135,8 @@ class VideoStream:
         """
         self.units.places = list(places)
         self.num_committed = len(places)
-        self._means = {layer: list(each.to(self.adapter.device)) for layer, each in means.items()}
-        for layer in means:
+        for layer, each in means.items():
+            self._means[layer].extend(each.to(self.adapter.device))
             self._opening[layer] = self.store.read(layer, [places[0].tokens])
 
     def opening(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,3 +147,21 @@ class VideoStream:
     def close(self) -> None:
         """Give up everything. Idempotent."""
         self.store.close()
+
+
+def chunk_tokens_for(unit_tokens: int | None) -> int:
+    """Return tokens of a chunk such that units begin where chunks do, if there is such a number.
+
+    What a question reads is whole chunks: of 64 tokens, a third more than units of 196 have.
+
+    Parameters
+    ----------
+    unit_tokens : int or None
+        Of each unit; None if they differ.
+    """
+    if unit_tokens is None:
+        return _CHUNK_TOKENS
+    if unit_tokens <= _CHUNK_TOKENS:
+        return _CHUNK_TOKENS // unit_tokens * unit_tokens
+    sizes = range(_MOST_CHUNK_TOKENS, _LEAST_CHUNK_TOKENS - 1, -1)
+    return next((size for size in sizes if unit_tokens % size == 0), _CHUNK_TOKENS)

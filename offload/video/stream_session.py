@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -18,6 +17,7 @@ from offload.sessions.store import SessionStore
 from offload.types import ChunkLayout
 from offload.video.adapter import VideoAdapter
 from offload.video.stream import VideoStream
+from offload.video.thumbnails import Thumbnails
 from offload.video.units import UnitPlace
 
 _UNITS, _NUMBERS, _POSITIONS, _MEANS = "units", "numbers", "positions", "means"
@@ -123,9 +123,21 @@ class StreamSession:
             self._link.close()
 
 
-def open_store(path: str | Path | None) -> SessionStore:
-    """Return the store of saved streams in a folder, or the user's."""
-    return SessionStore(path)
+def read_pictures(name: str, store: SessionStore) -> tuple[Thumbnails, float]:
+    """Return the pictures of a saved stream and when its last frame was shown; needs no model.
+
+    Raises
+    ------
+    SessionNotFound
+    ConfigError
+        The session is no stream.
+    """
+    file = store.describe(name)
+    if _VIDEO not in file.state:
+        raise ConfigError(f"session {name!r} is no stream: it has no frames")
+    thumbnails = Thumbnails()
+    thumbnails.unpack(file.tensors)
+    return thumbnails, _unpack_units(file.tensors)[-1].complete_s
 
 
 def _namespace(
@@ -156,7 +168,7 @@ def _unpack_units(tensors: Mapping[str, Tensor]) -> list[UnitPlace]:
     counts = tensors[f"{_VIDEO}.{_UNITS}"].tolist()
     numbers = tensors[f"{_VIDEO}.{_NUMBERS}"].tolist()
     positions = tensors[f"{_VIDEO}.{_POSITIONS}"]
-    axes, places = len(positions), []
+    axes, places, start = len(positions), list[UnitPlace](), 0
     for (first, count, advance, frame, frames), (time_s, last_s, *rest) in zip(
         counts, numbers, strict=True
     ):
@@ -164,7 +176,7 @@ def _unpack_units(tensors: Mapping[str, Tensor]) -> list[UnitPlace]:
             UnitPlace(
                 first_token=first,
                 num_tokens=count,
-                positions=positions[:, first : first + count],
+                positions=positions[:, start : start + count],
                 start=tuple(rest[:axes]),
                 advance=advance,
                 step=tuple(rest[axes:]),
@@ -174,6 +186,7 @@ def _unpack_units(tensors: Mapping[str, Tensor]) -> list[UnitPlace]:
                 num_frames=frames,
             )
         )
+        start += count
     return places
 
 

@@ -1,22 +1,49 @@
 """Keys and values of a stream on the tiers, as they were before rotation, and read by ranges."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from offload.chunk_reader import start_read
 from offload.engine import Engine
 from offload.runtime import Runtime
 from offload.settings import check_settings
 from offload.stats import CacheStats
-from offload.tiers.pool import as_chunk, page_aligned
-from offload.types import ChunkId, ChunkLayout
+from offload.tiers.pool import page_aligned
+from offload.types import ChunkLayout
+from offload.video.range_read import Piece, RangeRead
 
-_READ_CHUNKS = 64
-"""Chunks that are read together; the next ones wait until these are on the device."""
+_MAX_SPARES = 2
+"""Blocks of host memory that are kept for the next reads: of one layer, and of the one ahead."""
+
+
+class PendingStates:
+    """Keys and values of ranges of tokens, on their way to the device.
+
+    ``result`` or ``abandon`` must be called, by the thread that began the read.
+    """
+
+    def __init__(self, store: "StreamStore", reading: RangeRead, out: Tensor) -> None:
+        self._store = store
+        self._reading = reading
+        self._out = out
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Wait, and return keys and values, ``[num_kv_heads, num_tokens, dim]``.
+
+        Raises
+        ------
+        CorruptChunk, StorageError, TransferTimeout
+        """
+        self._reading.wait(self._store.engine.store.deadline_s)
+        self._store.keep_memory(self._reading.memory)
+        return self._out[..., : self._store.key_dim], self._out[..., self._store.key_dim :]
+
+    def abandon(self) -> None:
+        """Give up what was asked for. Idempotent."""
+        self._reading.abandon()
 
 
 class StreamStore:
@@ -67,6 +94,9 @@ class StreamStore:
         self._layout = layout
         self.bytes_from: Counter[str] = Counter()
         """Read so far, by tier."""
+        self.seconds_from: defaultdict[str, float] = defaultdict(float)
+        """For how long callers stood still for it, by tier."""
+        self._spares: list[Tensor] = []
 
     @property
     def num_tokens(self) -> int:
@@ -117,21 +147,35 @@ class StreamStore:
         ------
         CorruptChunk, StorageError, TransferTimeout
         """
+        return self.start_read(layer, ranges).result()
+
+    def start_read(self, layer: int, ranges: Sequence[range]) -> PendingStates:
+        """Begin to copy ranges of tokens to the device; see ``read``.
+
+        Host memory for what comes from the disk, as much as that is, is taken beside the tiers.
+        """
         layout, size = self._layout, self._layout.chunk_tokens
         total = sum(len(part) for part in ranges)
         out = torch.empty(
             layout.num_kv_heads, total, layout.row_dim, dtype=layout.dtype, device=self._device
         )
-        wanted: dict[int, list[tuple[range, int]]] = {}
+        wanted: dict[int, list[Piece]] = {}
         place = 0
         for part in ranges:
             for chunk in range(part.start // size, -(-part.stop // size)):
                 inside = range(max(part.start, chunk * size), min(part.stop, (chunk + 1) * size))
                 wanted.setdefault(chunk, []).append((inside, place + inside.start - part.start))
             place += len(part)
+        sequence = self.runtime.layers[layer]
         with self.engine.lock:
-            self._copy(layer, wanted, out)
-        return out[..., : layout.key_dim], out[..., layout.key_dim :]
+            row, tail = sequence.tables.rows[0], sequence.tail[0]
+            reading = RangeRead(self.engine, row, tail, wanted, out, self._take_memory, self._count)
+        return PendingStates(self, reading, out)
+
+    def keep_memory(self, memory: Tensor) -> None:
+        """Keep host memory that a read has ended with for later ones."""
+        known = sorted([*self._spares, memory], key=len)
+        self._spares = [each for each in known if len(each)][-_MAX_SPARES:]
 
     def truncate(self, num_tokens: int) -> None:
         """Keep the first tokens of every layer, where it has more."""
@@ -154,38 +198,12 @@ class StreamStore:
         finally:
             self._config.close_scratch()
 
-    def _copy(self, layer: int, wanted: dict[int, list[tuple[range, int]]], out: Tensor) -> None:
-        sequence, size = self.runtime.layers[layer], self._layout.chunk_tokens
-        store = self.engine.store
-        store.reap()
-        row = sequence.tables.rows[0]
-        stored = sorted(chunk for chunk in wanted if chunk < len(row))
-        memory = page_aligned(min(len(stored), _READ_CHUNKS) * self._layout.slot_bytes)
-        buffers = list(memory.view(-1, self._layout.slot_bytes))
-        for start in range(0, len(stored), _READ_CHUNKS):
-            some = stored[start : start + _READ_CHUNKS]
-            ids = [row[chunk] for chunk in some]
-            store.table.protect(ids)
-            try:
-                started = start_read(store.tiers, store.table, ids, buffers[: len(some)])
-                started.wait(store.deadline_s)
-            finally:
-                store.unprotect(ids)
-            for chunk, buffer in zip(some, buffers, strict=False):
-                self._count(row[chunk])
-                _place(as_chunk(buffer, self._layout), chunk * size, wanted[chunk], out)
-        for chunk in set(wanted).difference(stored):
-            _place(sequence.tail[0], chunk * size, wanted[chunk], out)
+    def _take_memory(self, num_bytes: int) -> Tensor:
+        for place, spare in enumerate(self._spares):
+            if len(spare) >= num_bytes:
+                return self._spares.pop(place)
+        return page_aligned(num_bytes)
 
-    def _count(self, chunk: ChunkId) -> None:
-        store = self.engine.store
-        level = store.level_of(chunk)
-        name = store.tiers[level].name if level < len(store.tiers) else "cpu"
-        self.bytes_from[name] += self._layout.chunk_bytes
-
-
-def _place(rows: Tensor, first: int, parts: Sequence[tuple[range, int]], out: Tensor) -> None:
-    """Copy parts of a chunk, which begins at token ``first``, to where they belong."""
-    for inside, place in parts:
-        source = rows[:, inside.start - first : inside.stop - first]
-        out[:, place : place + len(inside)] = source
+    def _count(self, tier: str, num_bytes: int, seconds: float) -> None:
+        self.bytes_from[tier] += num_bytes
+        self.seconds_from[tier] += seconds

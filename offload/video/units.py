@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offload.types import round_up
 from offload.video.adapter import Unit
 
 _ROUNDING = 1e-3
@@ -64,10 +65,25 @@ class UnitTable:
     """The units of a stream; the first one is the text before the first frame.
 
     One thread adds; others may read what was there when they began.
+
+    Parameters
+    ----------
+    chunk_tokens : int
+        The first frame begins at a chunk, so that units of as many tokens, or a multiple of them,
+        are whole chunks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, chunk_tokens: int = 1) -> None:
         self.places: list[UnitPlace] = []
+        self._chunk_tokens = chunk_tokens
+
+    @property
+    def end(self) -> int:
+        """The token at which the next unit begins."""
+        if not self.places:
+            return 0
+        stop = self.places[-1].tokens.stop
+        return round_up(stop, self._chunk_tokens) if len(self.places) == 1 else stop
 
     def add(self, units: Sequence[Unit]) -> list[UnitPlace]:
         """Put units behind those that are there."""
@@ -75,10 +91,13 @@ class UnitTable:
         for unit in units:
             last = self.places[-1] if self.places else None
             axes = len(unit.positions)
+            positions = unit.positions.cpu()
+            if last is not None and torch.equal(last.positions, positions):
+                positions = last.positions  # hours of units that are all alike
             place = UnitPlace(
-                0 if last is None else last.tokens.stop,
+                self.end,
                 unit.num_tokens,
-                unit.positions.cpu(),
+                positions,
                 (0.0,) * axes if last is None else _moved(last.start, last.step),
                 unit.advance,
                 (float(unit.advance),) * axes if unit.step is None else unit.step,

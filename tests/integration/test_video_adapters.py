@@ -65,9 +65,10 @@ def test_stream_in_pieces_with_a_wide_window_equals_one_forward_over_the_prompt(
     prompt = _prompt(name, frames)
     stream = streams.encode(name, frames, pieces)
     expected, positions = _one_forward(name, prompt), own_positions(name, prompt)
-    count = stream.store.num_tokens
+    tokens = [place.tokens for place in stream.units.places]
+    count = sum(map(len, tokens))
     for layer in range(stream.store.num_layers):
-        keys, values = stream.store.read(layer, [range(count)])
+        keys, values = stream.store.read(layer, tokens)
         turned = rotated(stream.adapter, keys, positions[:, :count])
         one_shot = expected.layers[layer]
         assert isinstance(one_shot, DynamicLayer)

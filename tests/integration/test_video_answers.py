@@ -225,8 +225,9 @@ def test_commands_encode_ask_draw_and_go_on(
         for each in questions[:3]
     ]
     asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    common = ["--root", str(tmp_path / "root"), "--capacity", "gpu=192KiB,disk=64MiB"]
-    common += ["--disk-path", str(tmp_path / "disk")]
+    tiers = ["--capacity", "gpu=192KiB,disk=64MiB", "--disk-path", str(tmp_path / "disk")]
+    root = ["--root", str(tmp_path / "root")]
+    common = [*root, *tiers]
     assert main(["video", "encode", "lobby", str(video), "--window", "96", *common]) == 0
     assert main(["video", "encode", "lobby", str(video), *common]) == 2
     assert "offload video resume" in capsys.readouterr().err
@@ -239,8 +240,11 @@ def test_commands_encode_ask_draw_and_go_on(
     assert len(list(pictures.glob("*.png"))) == 6
     assert main([*ask_file, *common]) == 0
     assert len(out.read_text().splitlines()) == 3
+    drawn = tmp_path / "drawn"
+    assert main(["video", "viz", "lobby", str(out), str(drawn), *root]) == 0
+    assert {each.name for each in drawn.iterdir()} == {each.name for each in pictures.iterdir()}
     assert main(["video", "resume", "lobby", str(video), "--window", "96", *common]) == 0
-    run = ["video", "run", str(video), "--window", "96", "--questions", str(asked), *common]
+    run = ["video", "run", str(video), "--window", "96", "--questions", str(asked), *tiers]
     capsys.readouterr()
     assert main(run) == 0
     shown = capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Positions of streams of video are those that the models give one prompt."""
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,11 @@ def _cut(
     name: str, prompt: dict[str, Any], stream: VideoStream, chosen: Sequence[int]
 ) -> dict[str, Any]:
     """Return a prompt without the units that were not chosen."""
-    places = stream.units.places
-    kept = [*places[0].tokens]
-    for unit in chosen:
-        kept.extend(places[1 + unit].tokens)
-    kept.extend(range(places[-1].tokens.stop, prompt["input_ids"].shape[1]))
+    # In the store the first unit begins at a chunk; in a prompt there is nothing before it.
+    ends = [0, *accumulate(place.num_tokens for place in stream.units.places)]
+    tokens = [range(start, end) for start, end in pairwise(ends)]
+    kept = [*tokens[0], *chain.from_iterable(tokens[1 + unit] for unit in chosen)]
+    kept.extend(range(ends[-1], prompt["input_ids"].shape[1]))
     shorter = dict(prompt)
     for key in ("input_ids", "mm_token_type_ids"):
         if key in prompt:

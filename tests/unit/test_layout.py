@@ -73,9 +73,9 @@ OPTIONAL = {"PIL", "av", "llvmlite", "matplotlib", "numba", "triton"} | {
     # The daemon.
     "aiofiles",
     "anyio",
-    "cryptography",
     "fastapi",
     "httpx",
+    "jsonschema",
     "llguidance",
     "prometheus_client",
     "pydantic",
@@ -84,6 +84,8 @@ OPTIONAL = {"PIL", "av", "llvmlite", "matplotlib", "numba", "triton"} | {
     "structlog",
     "uvicorn",
     "yaml",
+    # The remote tier.
+    "obstore",
 }
 
 MAX_LINES = 400

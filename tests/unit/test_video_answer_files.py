@@ -85,6 +85,7 @@ def test_line_of_an_answer_has_the_fields_of_the_schema(tmp_path: Path) -> None:
         "frames_seen": 353,
         "retrieval_ms": 1.5,
         "load_ms": 2.0,
+        "model_ms": None,
         "ttft_ms": 9.0,
         "total_ms": 20.25,
         "other_ms": {"decode": 3.0},

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.errors import CapacityError
+from offload.errors import CapacityError, CorruptChunk
+from offload.video.stream import chunk_tokens_for
 from offload.video.stream_store import StreamStore
 
 HEADS, DIM, CHUNK = 2, 8, 4
@@ -106,5 +107,59 @@ def test_truncated_store_goes_on_from_there(tmp_path: Path) -> None:
         for layer in range(2):
             store.append(layer, more, more)
         assert torch.equal(store.read(1, [range(30)])[0], torch.cat([keys[:, :21], more], 1))
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize(
+    ("unit_tokens", "chunk_tokens"),
+    [(None, 64), (4, 64), (36, 36), (144, 72), (196, 98), (257, 64)],
+)
+def test_chunks_fit_units_that_are_all_alike(unit_tokens: int | None, chunk_tokens: int) -> None:
+    assert chunk_tokens_for(unit_tokens) == chunk_tokens
+
+
+def test_reads_under_way_at_once_do_not_share_memory(
+    filled: tuple[StreamStore, torch.Tensor, torch.Tensor],
+) -> None:
+    store, keys, _ = filled
+    pending = [store.start_read(layer, [range(203)]) for layer in (0, 1, 0)]
+    pending[1].abandon()
+    for place in (2, 0):
+        assert torch.equal(pending[place].result()[0], keys)
+
+
+def test_chunks_of_a_read_keep_their_places_until_it_has_ended(
+    filled: tuple[StreamStore, torch.Tensor, torch.Tensor],
+) -> None:
+    store, _, _ = filled
+    table = store.engine.store.table
+    pending = store.start_read(0, [range(203)])
+    assert len(table.protected) == 203 // CHUNK
+    pending.abandon()
+    assert not table.protected
+
+
+def test_record_that_is_damaged_is_an_error_and_the_next_read_goes_on(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    try:
+        keys = states(200, 8)
+        for layer in range(2):
+            store.append(layer, keys, keys)
+        store.flush()
+        files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+        largest = max(files, key=lambda path: path.stat().st_size)
+        content = bytearray(largest.read_bytes())
+        content[10 - SLOT] ^= 1  # in the payload of the last record
+        largest.write_bytes(content)
+        damaged = 0
+        for layer in range(2):
+            try:
+                store.read(layer, [range(200)])
+            except CorruptChunk:
+                damaged += 1
+        assert damaged == 1
+        assert not store.engine.store.table.protected
+        assert torch.equal(store.read(0, [range(8)])[0], keys[:, :8])
     finally:
         store.close()

@@ -1,0 +1,368 @@
+"""Sessions in an object store, under the faults of stores and of other owners."""
+
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload.errors import (
+    ConfigError,
+    CorruptChunk,
+    SessionInUse,
+    SessionNotFound,
+    StorageError,
+)
+from offload.sessions.remote_log import ManifestLog
+from offload.sessions.remote_manifest import Manifest
+from offload.sessions.remote_sessions import RemoteSessions
+from tests.support.faulty_proxy import faulty_proxy
+from tests.support.remote import folder_bucket, s3_bucket
+from tests.support.remote_sessions import Machine, age, objects_in
+from tests.support.s3_server import needs_moto, s3_server
+from tests.support.sessions import (
+    expected_payloads,
+    make_content,
+    make_token_ids,
+    read_back,
+    save,
+    state_of,
+)
+
+WAIT_S = 30.0
+IDS = make_token_ids(8, 1)
+SHORT, LONG = make_content(3, 1, token_ids=IDS), make_content(6, 1, token_ids=IDS)
+OTHER = make_content(3, 2, token_ids=make_token_ids(3, 9))
+
+NewMachine = Callable[[str], Machine]
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with s3_server() as port:
+        s3_bucket(port, "warm").list("nothing")  # starts obstore's threads, for all tests
+        yield port
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[NewMachine]:
+    """Return machines that share a folder."""
+    folder_bucket(tmp_path / "bucket").list("nothing")
+    machines: list[Machine] = []
+
+    def make(name: str) -> Machine:
+        machines.append(Machine(tmp_path, folder_bucket(tmp_path / "bucket"), name))
+        return machines[-1]
+
+    yield make
+    for each in machines:
+        each.__exit__()
+
+
+@needs_moto
+@pytest.mark.parametrize("fault", ["slow down", "internal error", "cut", "lost", "flip"])
+def test_session_moves_to_another_machine_whatever_happens_on_the_way(
+    tmp_path: Path, port: int, fault: str
+) -> None:
+    prefix = uuid.uuid4().hex
+    with faulty_proxy(port) as (proxy, proxy_port):
+        bucket = s3_bucket(proxy_port, prefix, deadline_s=1e4)
+        with Machine(tmp_path, bucket, "a") as a:
+            save(a.store, "s", LONG)
+            if fault != "flip":
+                proxy.strike(fault, 10, "PUT")
+            a.remote.publish(a.store, "s")
+            a.remote.release("s")
+        with Machine(tmp_path, s3_bucket(proxy_port, prefix, deadline_s=1e4), "b") as b:
+            if fault == "flip":
+                proxy.strike("flip", 1, "/blocks/")
+            else:
+                proxy.strike(fault, 10, "GET")
+            report = b.remote.fetch(b.store, "s")
+            assert report.epoch == 2
+            assert read_back(b.store, "s") == expected_payloads(LONG)
+    assert len(proxy.requests) > 30 or fault == "flip"
+
+
+@needs_moto
+@pytest.mark.parametrize("fault", ["expired", "skewed", "denied"])
+def test_publication_that_is_refused_half_way_changes_nothing_that_others_see(
+    tmp_path: Path, port: int, fault: str
+) -> None:
+    with faulty_proxy(port) as (proxy, proxy_port):
+        bucket = s3_bucket(proxy_port, uuid.uuid4().hex)
+        with Machine(tmp_path, bucket, "a") as a:
+            save(a.store, "s", SHORT)
+            a.remote.publish(a.store, "s")
+            save(a.store, "s", LONG)
+            proxy.strike(fault, 1_000, "PUT")
+            with pytest.raises(StorageError, match="403"):
+                a.remote.publish(a.store, "s")
+            [info] = a.remote.list()
+            assert info.num_tokens == SHORT.num_tokens
+            proxy.relent()
+            assert a.remote.publish(a.store, "s").num_blocks == 6
+
+
+@needs_moto
+def test_eight_owners_that_take_one_session_at_once_make_one_owner(
+    tmp_path: Path, port: int
+) -> None:
+    prefix, start = uuid.uuid4().hex, threading.Barrier(8)
+    with Machine(tmp_path, s3_bucket(port, prefix), "maker") as maker:
+        save(maker.store, "s", SHORT)
+        maker.remote.publish(maker.store, "s")
+        maker.remote.release("s")
+
+        def take(number: int) -> int | None:
+            with Machine(tmp_path, s3_bucket(port, prefix), f"m{number}") as each:
+                start.wait(WAIT_S)
+                try:
+                    return each.remote.take("s")
+                except SessionInUse:
+                    return None
+
+        with ThreadPoolExecutor(8) as pool:
+            epochs = list(pool.map(take, range(8)))
+        assert [epoch for epoch in epochs if epoch is not None] == [2]
+
+
+@needs_moto
+def test_eight_machines_that_publish_the_same_chunks_store_them_once(
+    tmp_path: Path, port: int
+) -> None:
+    prefix, start = uuid.uuid4().hex, threading.Barrier(8)
+
+    def publish(number: int) -> int:
+        with Machine(tmp_path, s3_bucket(port, prefix), f"m{number}") as each:
+            save(each.store, f"s{number}", SHORT)
+            start.wait(WAIT_S)
+            return each.remote.publish(each.store, f"s{number}").num_blocks
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(publish, range(8))) == [3] * 8
+    assert len(s3_bucket(port, prefix).list("blocks")) == 3
+    with Machine(tmp_path, s3_bucket(port, prefix), "reader") as reader:
+        assert len(reader.remote.list()) == 8
+        reader.remote.fetch(reader.store, "s5", take=False)
+        assert read_back(reader.store, "s5") == expected_payloads(SHORT)
+
+
+def test_session_with_a_living_lease_is_not_taken_and_says_whose_it_is(machine: NewMachine) -> None:
+    a, b = machine("a"), machine("b")
+    save(a.store, "s", SHORT)
+    a.remote.publish(a.store, "s")
+    with pytest.raises(SessionInUse, match=r"belongs to a \(epoch 1\) for another 300 s"):
+        b.remote.fetch(b.store, "s")
+    assert b.remote.fetch(b.store, "s", take=False).epoch == 1
+    b.clock.now_s += 301
+    assert b.remote.take("s") == 2
+
+
+def test_old_owner_cannot_write_after_another_has_taken_over(machine: NewMachine) -> None:
+    a, b = machine("a"), machine("b")
+    save(a.store, "s", SHORT)
+    a.remote.publish(a.store, "s")
+    b.clock.now_s += 301  # the clock of b is fast: a's lease has not ended by its own
+    b.remote.fetch(b.store, "s")
+    save(a.store, "s", LONG)
+    for attempt in (a.remote.publish, lambda *_: a.remote.renew("s")):
+        with pytest.raises(SessionInUse, match=r"changed by b|does not belong"):
+            attempt(a.store, "s")
+    assert b.remote.list()[0].num_tokens == SHORT.num_tokens
+    save(b.store, "s", LONG)
+    assert b.remote.publish(b.store, "s").epoch == 2
+
+
+def test_old_owner_does_not_replace_what_it_has_not_seen(machine: NewMachine) -> None:
+    a, b = machine("a"), machine("b")
+    save(a.store, "s", SHORT)
+    a.remote.publish(a.store, "s")
+    a.remote.release("s")
+    b.remote.fetch(b.store, "s")
+    save(b.store, "s", LONG)
+    b.remote.publish(b.store, "s")
+    b.remote.release("s")
+    with pytest.raises(ConfigError, match="does not go on from it"):
+        a.remote.publish(a.store, "s")
+    assert a.remote.list()[0].num_tokens == LONG.num_tokens
+    assert a.remote.publish(a.store, "s", overwrite=True).num_blocks == 3
+
+
+def test_stale_version_is_refused_even_where_its_successor_was_collected(tmp_path: Path) -> None:
+    bucket = folder_bucket(tmp_path / "bucket")
+    log = ManifestLog(bucket)
+    first = log.append(Manifest("s", 0, 0, "a"), epoch=1)
+    second = log.append(first, owner="b", epoch=2)
+    third = log.append(second)
+    bucket.delete([second.object_name])
+    with pytest.raises(SessionInUse, match="version 3, we go on from version 1"):
+        log.append(first)
+    assert log.newest("s") == third
+
+
+def test_publishing_again_uploads_what_was_added_only(machine: NewMachine) -> None:
+    a = machine("a")
+    save(a.store, "s", SHORT)
+    assert a.remote.publish(a.store, "s").written_blocks == 3
+    save(a.store, "s", LONG)
+    report = a.remote.publish(a.store, "s")
+    assert (report.num_blocks, report.written_blocks) == (6, 3)
+    assert a.remote.publish(a.store, "s").written_blocks == 0
+    assert a.remote.publish(a.store, "s", rewrite=True).written_blocks == 6
+
+
+@pytest.mark.parametrize("victim", ["blocks/", "sessions/"])
+@pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
+def test_damaged_object_is_an_error_and_leaves_the_local_store_as_it_was(
+    machine: NewMachine, tmp_path: Path, victim: str, harm: str
+) -> None:
+    a, b = machine("a"), machine("b")
+    save(a.store, "s", SHORT)
+    a.remote.publish(a.store, "s")
+    a.remote.release("s")
+    before = state_of(b.store)
+    for name in objects_in(tmp_path / "bucket", victim):
+        path = tmp_path / "bucket" / name
+        if name.endswith(".json"):
+            continue
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        if harm == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(content if harm == "flipped" else content[: len(content) // 2])
+    with pytest.raises(CorruptChunk):
+        b.remote.fetch(b.store, "s")
+    assert state_of(b.store) == before
+    assert b.remote.list()[0].owner is None
+    a.remote.publish(a.store, "s", rewrite=True)
+    a.remote.release("s")
+    b.remote.fetch(b.store, "s")
+    assert read_back(b.store, "s") == expected_payloads(SHORT)
+
+
+def test_damaged_manifest_is_an_error_and_stops_the_collection(
+    machine: NewMachine, tmp_path: Path
+) -> None:
+    a = machine("a")
+    for name in ("s", "t"):
+        save(a.store, name, SHORT)
+        a.remote.publish(a.store, name)
+    newest = [name for name in objects_in(tmp_path / "bucket", "sessions/") if "json" in name][-1]
+    content = (tmp_path / "bucket" / newest).read_bytes()
+    (tmp_path / "bucket" / newest).write_bytes(content.replace(b"blocks", b"blockz"))
+    before = objects_in(tmp_path / "bucket")
+    age(tmp_path / "bucket", 1e6)
+    for attempt in (a.remote.list, a.remote.collect):
+        with pytest.raises(CorruptChunk, match="checksum"):
+            attempt()
+    assert objects_in(tmp_path / "bucket") == before
+
+
+def test_session_that_is_deleted_or_expired_is_not_found(machine: NewMachine) -> None:
+    a = machine("a")
+    a.clock.now_s = 0.0
+    for name in ("s", "t"):
+        save(a.store, name, SHORT)
+    a.store.set_ttl("t", 1000.0)
+    expires_at = a.store.info("t").expires_at
+    assert expires_at is not None
+    for name in ("s", "t"):
+        a.remote.publish(a.store, name)
+    assert len(a.remote.list()) == 2
+    a.remote.delete("s")
+    a.clock.now_s = expires_at
+    assert a.remote.list() == []
+    for name in ("s", "t", "u"):
+        with pytest.raises(SessionNotFound, match="no session"):
+            a.remote.fetch(a.store, name, overwrite=True)
+
+
+def test_collection_removes_what_nothing_names_in_two_rounds_and_nothing_else(
+    machine: NewMachine, tmp_path: Path
+) -> None:
+    a, folder = machine("a"), tmp_path / "bucket"
+    for name, content in (("s", LONG), ("t", SHORT), ("o", OTHER)):
+        save(a.store, name, content)
+        a.remote.publish(a.store, name)
+    for name in ("s", "o"):
+        a.remote.delete(name)
+    a.clock.now_s += 1000
+    assert a.remote.collect().num_condemned == 0  # all of it is young
+    age(folder, 4000)
+    report = a.remote.collect()
+    assert (report.num_sessions, report.num_condemned) == (1, 3 + 3 + 2)
+    assert len(objects_in(folder, "blocks/")) == 9
+    age(folder, 4000, "condemned/")
+    assert a.remote.collect().num_removed == 8
+    assert len(objects_in(folder, "blocks/")) == 3
+    a.remote.release("t")
+    b = machine("b")
+    b.remote.fetch(b.store, "t")
+    assert read_back(b.store, "t") == expected_payloads(SHORT)
+    age(folder, 1e6, "condemned/")
+    a.remote.collect()
+    assert objects_in(folder, "condemned/") == []
+
+
+def test_publisher_never_relies_on_what_is_condemned(machine: NewMachine, tmp_path: Path) -> None:
+    a, b, folder = machine("a"), machine("b"), tmp_path / "bucket"
+    save(a.store, "s", SHORT)
+    a.remote.publish(a.store, "s")
+    a.remote.delete("s")
+    a.clock.now_s += 1000
+    age(folder, 4000)
+    a.remote.collect()
+    save(b.store, "s", LONG)
+    assert b.remote.publish(b.store, "s").written_blocks == 6  # its own, beside the condemned ones
+    age(folder, 4000)
+    a.remote.collect()
+    a.remote.collect()
+    b.remote.release("s")
+    a.remote.fetch(a.store, "s", overwrite=True)
+    assert read_back(a.store, "s") == expected_payloads(LONG)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_collection_at_any_moment_of_a_publication_loses_nothing(
+    machine: NewMachine, tmp_path: Path, seed: int
+) -> None:
+    a, b, folder = machine("a"), machine("b"), tmp_path / "bucket"
+    save(a.store, "old", LONG)
+    a.remote.publish(a.store, "old")
+    a.remote.delete("old")
+    a.clock.now_s += 1000
+    age(folder, 4000)
+    save(b.store, "s", LONG)
+    rounds: list[int] = []
+
+    def collect(done: int, total: int) -> None:
+        if done % 3 == seed:
+            rounds.append(a.remote.collect().num_removed)
+
+    b.remote.publish(b.store, "s", progress=collect)
+    assert len(rounds) >= 2
+    b.remote.release("s")
+    c = machine("c")
+    c.remote.fetch(c.store, "s")
+    assert read_back(c.store, "s") == expected_payloads(LONG)
+
+
+def test_publication_that_takes_longer_than_is_safe_is_not_published(tmp_path: Path) -> None:
+    bucket = folder_bucket(tmp_path / "bucket")
+    with Machine(tmp_path, bucket, "a", grace_s=1e-9) as a:
+        save(a.store, "s", SHORT)
+        with pytest.raises(StorageError, match="at most half of grace_s"):
+            a.remote.publish(a.store, "s")
+        assert a.remote.list() == []
+
+
+@pytest.mark.parametrize("argument", ["lease_s", "grace_s", "num_threads"])
+def test_argument_that_is_not_positive_is_refused(argument: str) -> None:
+    arguments: dict[str, Any] = {argument: 0}
+    with pytest.raises(ConfigError, match=argument):
+        RemoteSessions("memory:///", **arguments)
