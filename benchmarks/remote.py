@@ -162,6 +162,8 @@ def restore(kind: str, make: MakeBucket, options: argparse.Namespace) -> Restore
     model, _ = load_recall_model()
     ids = torch.tensor([build_document(options.tokens, 4, 0).token_ids])
     capacity = {"gpu": "2GiB", "cpu": "2GiB", "disk": "2GiB"}
+    with OffloadedCache(["gpu"], capacity={"gpu": "2GiB"}) as cache:
+        prefill(model, cache, ids[:, :_PIECE_TOKENS], _PIECE_TOKENS, lambda n: None)  # warms up
     try:
         with (
             SessionStore(folder / "a", quota="8GiB", min_free=0) as store,

@@ -54,13 +54,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(args: argparse.Namespace) -> Any:
     """Return the ``Configuration``; a module that needs no extra cannot name the class."""
-    return import_daemon("config_sources").load_configuration(args.config, options_of(args))
+    return import_daemon("ops.config_sources").load_configuration(args.config, options_of(args))
 
 
 def _check(args: argparse.Namespace) -> int:
     args.config = args.file or args.config
     configuration = _load(args)
-    keys = import_daemon("access").configured_keys(configuration.server)
+    keys = import_daemon("ops.access").configured_keys(configuration.server)
     where = "defaults" if args.config is None else str(args.config)
     if args.json:
         print(json.dumps({"is_good": True, "file": where, "num_keys": len(keys)}))
@@ -70,19 +70,19 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    text = import_daemon("config_text")
+    text = import_daemon("ops.config_text")
     values = text.as_values(_load(args), redact=not args.no_redact)
     sys.stdout.write(json.dumps(values, indent=2) + "\n" if args.json else text.as_yaml(values))
     return 0
 
 
 def _schema(_args: argparse.Namespace) -> int:
-    print(json.dumps(import_daemon("config_text").schema(), indent=2))
+    print(json.dumps(import_daemon("ops.config_text").schema(), indent=2))
     return 0
 
 
 def _init(args: argparse.Namespace) -> int:
-    text = import_daemon("config_text")
+    text = import_daemon("ops.config_text")
     content = text.table() if args.table else text.template()
     if args.file is None:
         sys.stdout.write(content)
@@ -97,7 +97,7 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _key(args: argparse.Namespace) -> int:
-    tenants = import_daemon("tenants")
+    tenants = import_daemon("ops.tenants")
     key = tenants.new_key()
     line = tenants.key_line(args.name, key, is_admin=args.admin)
     if args.file is not None:

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     ConfigError
         The configuration is wrong, or packages are missing.
     """
-    load = import_daemon("config_sources").load_configuration
+    load = import_daemon("ops.config_sources").load_configuration
     read = functools.partial(load, args.config, options_of(args))
     configuration = read()  # a mistake is told before anything heavy is imported
     daemon = import_daemon("serve")

@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 
 from offload.daemon.engine_settings import EngineSettings
 from offload.daemon.errors import Draining
-from offload.daemon.mailbox import Mailbox, ask
 from offload.daemon.requests import Event, Finished, GenerationRequest
 from offload.daemon.served_model import ServedModel
 from offload.daemon.session_service import SessionService
 from offload.daemon.state import EngineState
-from offload.daemon.worker import Worker
+from offload.daemon.work.mailbox import Mailbox, ask
+from offload.daemon.work.worker import Worker
 
 R = TypeVar("R")
 

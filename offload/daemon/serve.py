@@ -12,23 +12,23 @@ import torch
 import transformers
 from starlette.middleware.cors import CORSMiddleware
 
-from offload.daemon.access import Access, configured_keys
-from offload.daemon.access_guard import AccessMiddleware
-from offload.daemon.app import build_app
-from offload.daemon.config_convert import data_path_of, engine_settings, http_options
-from offload.daemon.config_live import LiveConfiguration
-from offload.daemon.configuration import Configuration
-from offload.daemon.drain import Lifecycle
-from offload.daemon.limits import InFlight
-from offload.daemon.limits_request import RequestLimits
-from offload.daemon.logs import LOG, RequestLog, configure_logs
-from offload.daemon.metrics import metrics_router
+from offload.daemon.http.app import build_app
+from offload.daemon.ops.access import Access, configured_keys
+from offload.daemon.ops.access_guard import AccessMiddleware
+from offload.daemon.ops.config_convert import data_path_of, engine_settings, http_options
+from offload.daemon.ops.config_live import LiveConfiguration
+from offload.daemon.ops.configuration import Configuration
+from offload.daemon.ops.drain import Lifecycle
+from offload.daemon.ops.limits import InFlight
+from offload.daemon.ops.limits_request import RequestLimits
+from offload.daemon.ops.logs import LOG, RequestLog, configure_logs
+from offload.daemon.ops.metrics import metrics_router
+from offload.daemon.ops.server import ListeningServer, address_of, listen
+from offload.daemon.ops.status_routes import admin_router, page_router
+from offload.daemon.ops.status_state import StatusFeed
+from offload.daemon.ops.status_wear import DiskWear
+from offload.daemon.ops.watched_engine import WatchedEngine
 from offload.daemon.served_model import load_served_model
-from offload.daemon.server import ListeningServer, address_of, listen
-from offload.daemon.status_routes import admin_router, page_router
-from offload.daemon.status_state import StatusFeed
-from offload.daemon.status_wear import DiskWear
-from offload.daemon.watched_engine import WatchedEngine
 from offload.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-from offload.daemon.session_keeper import SessionKeeper, translated
 from offload.daemon.state import Explanation, SessionView
+from offload.daemon.work.session_keeper import SessionKeeper, translated
 
 R = TypeVar("R")
 

@@ -72,6 +72,18 @@ class RemoteLeases:
             raise SessionInUse(f"session {name!r} does not belong to {self.owner}; take it first")
         return self._append(known, **changes)
 
+    def keep(self, name: str) -> None:
+        """Renew a lease of which half is over; to be called again and again during long work.
+
+        Raises
+        ------
+        SessionInUse
+            As ``change``.
+        """
+        known = self.held(name)
+        if known is None or known.lease_until - self._clock() < self._lease_s / 2:
+            self.change(name)
+
     def release(self, name: str) -> None:
         """Let others take a session at once; nothing happens if it is not this owner's."""
         if self.held(name) is not None:

@@ -76,6 +76,11 @@ class Publisher:
     ) -> tuple[PublishReport, Manifest]:
         """Publish one; ``seen`` is the session file that this owner has last seen of it."""
         started = time.monotonic()
+
+        def advance(done: int, total: int) -> None:
+            self.leases.keep(name)
+            progress(done, total)
+
         with open_root(store) as root, open_source(root, name) as (file, source):
             known = self.leases.held(name) or self.leases.take(name)
             if not overwrite:
@@ -88,7 +93,7 @@ class Publisher:
                 compress=self.compress,
                 rewrite=rewrite,
             )
-            blocks = uploader.upload(source, progress)
+            blocks = uploader.upload(source, advance)
             published = _describe(file, blocks, *uploader.upload_file())
             self._refuse_late(name, time.monotonic() - started)
             manifest = self.leases.change(name, **published)

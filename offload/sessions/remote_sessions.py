@@ -181,13 +181,19 @@ class RemoteSessions:
         DiskFull, StorageError, ConfigError
         """
         manifest = self._take_live(name) if take else self._log.find(name, self._clock())
+
+        def advance(done: int, total: int) -> None:
+            if take:
+                self._leases.keep(name)
+            progress(done, total)
+
         try:
             with open_root(store) as root:
                 report = fetch_session(
                     root,
                     self._bucket,
                     manifest,
-                    progress,
+                    advance,
                     num_threads=self._num_threads,
                     overwrite=overwrite,
                     trusted=trusted,

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from offload.daemon.tenants import key_line
+from offload.daemon.ops.tenants import key_line
 from tests.support.daemon_process import DaemonProcess, chat_body
 
 ANN, BOB = "sk-ann", "sk-bob"

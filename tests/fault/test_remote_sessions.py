@@ -162,6 +162,24 @@ def test_session_with_a_living_lease_is_not_taken_and_says_whose_it_is(machine: 
     assert b.remote.take("s") == 2
 
 
+def test_work_that_takes_longer_than_a_lease_keeps_the_session(machine: NewMachine) -> None:
+    a, b, c = machine("a"), machine("b"), machine("c")
+
+    def wait(done: int, total: int) -> None:
+        for each in (a, b, c):
+            each.clock.now_s += 200.0
+        with pytest.raises(SessionInUse, match="for another 100 s"):
+            c.remote.take("s")
+
+    save(a.store, "s", SHORT)
+    a.remote.publish(a.store, "s")
+    save(a.store, "s", LONG)
+    a.remote.publish(a.store, "s", progress=wait)
+    a.remote.release("s")
+    b.remote.fetch(b.store, "s", progress=wait)
+    assert b.remote.list()[0].owner == "b"
+
+
 def test_old_owner_cannot_write_after_another_has_taken_over(machine: NewMachine) -> None:
     a, b = machine("a"), machine("b")
     save(a.store, "s", SHORT)

@@ -9,7 +9,7 @@ from typing import Any, Self
 import httpx
 import pytest
 
-from offload.daemon.notify import Notifier
+from offload.daemon.ops.notify import Notifier
 from tests.support.daemon_process import DaemonProcess, chat_body
 
 LONG = "A page of text that is worth keeping. " * 40

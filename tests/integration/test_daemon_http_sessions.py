@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from offload.daemon.app import build_app
+from offload.daemon.http.app import build_app
 from tests.support.daemon_http import BOB, RunningDaemon, running_daemon, serving, two_tenants
 
 

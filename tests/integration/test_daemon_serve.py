@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from offload.cli import main
-from offload.daemon.tenants import key_line
+from offload.daemon.ops.tenants import key_line
 from tests.support.daemon_process import DaemonProcess, chat_body
 
 ANN, BOB, ADMIN = "sk-ann", "sk-bob", "sk-admin"

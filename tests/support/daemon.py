@@ -11,7 +11,6 @@ import torch
 from transformers import DynamicCache
 
 from offload.daemon.engine_settings import EngineSettings, SessionSettings
-from offload.daemon.mailbox import Mailbox
 from offload.daemon.requests import (
     Event,
     Finished,
@@ -22,7 +21,8 @@ from offload.daemon.requests import (
     Token,
 )
 from offload.daemon.served_model import ServedModel, load_served_model, serve
-from offload.daemon.worker import Worker
+from offload.daemon.work.mailbox import Mailbox
+from offload.daemon.work.worker import Worker
 from tests.support.models import make_model
 
 CHUNK_TOKENS = 8

@@ -12,13 +12,13 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from offload.daemon.access import Access
-from offload.daemon.app import build_app
 from offload.daemon.engine import DaemonEngine
 from offload.daemon.engine_settings import EngineSettings
-from offload.daemon.http_options import HttpOptions
+from offload.daemon.http.app import build_app
+from offload.daemon.http.options import HttpOptions
+from offload.daemon.ops.access import Access
+from offload.daemon.ops.tenants import ApiKey, digest_of
 from offload.daemon.served_model import ServedModel, load_served_model
-from offload.daemon.tenants import ApiKey, digest_of
 
 ALICE, BOB = "sk-alice-key", "sk-bob-key"
 

@@ -20,12 +20,12 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from offload.daemon.access import Access
-from offload.daemon.app import build_app
-from offload.daemon.http_options import HttpOptions
-from offload.daemon.http_store import HttpStore, StoredResponse
-from offload.daemon.render_items import input_items
-from offload.daemon.tenants import LOCAL
+from offload.daemon.http.app import build_app
+from offload.daemon.http.options import HttpOptions
+from offload.daemon.http.render_items import input_items
+from offload.daemon.http.store import HttpStore, StoredResponse
+from offload.daemon.ops.access import Access
+from offload.daemon.ops.tenants import LOCAL
 from tests.support.daemon_http import running_engine, serving
 
 SUITES = {

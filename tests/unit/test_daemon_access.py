@@ -11,10 +11,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from offload.daemon.access import Access, configured_keys
-from offload.daemon.access_guard import AccessMiddleware
-from offload.daemon.config_sources import load_configuration
-from offload.daemon.tenants import (
+from offload.daemon.ops.access import Access, configured_keys
+from offload.daemon.ops.access_guard import AccessMiddleware
+from offload.daemon.ops.config_sources import load_configuration
+from offload.daemon.ops.tenants import (
     ApiKey,
     Tenant,
     append_key,

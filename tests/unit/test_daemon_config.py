@@ -9,16 +9,16 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from offload.daemon.access import Access
-from offload.daemon.config_convert import engine_settings, http_options
-from offload.daemon.config_live import LiveConfiguration
-from offload.daemon.config_sources import load_configuration
-from offload.daemon.config_text import as_values, as_yaml, changes, schema, table, template
-from offload.daemon.config_units import parse_duration, parse_duration_or_never, parse_share
-from offload.daemon.configuration import Configuration
 from offload.daemon.engine_settings import EngineSettings
-from offload.daemon.http_options import HttpOptions
-from offload.daemon.tenants import key_line
+from offload.daemon.http.options import HttpOptions
+from offload.daemon.ops.access import Access
+from offload.daemon.ops.config_convert import engine_settings, http_options
+from offload.daemon.ops.config_live import LiveConfiguration
+from offload.daemon.ops.config_sources import load_configuration
+from offload.daemon.ops.config_text import as_values, as_yaml, changes, schema, table, template
+from offload.daemon.ops.config_units import parse_duration, parse_duration_or_never, parse_share
+from offload.daemon.ops.configuration import Configuration
+from offload.daemon.ops.tenants import key_line
 from offload.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from offload import OffloadedCache
-from offload.daemon import step_attention
-from offload.daemon.step_attention import StepAttention
-from offload.daemon.step_cache import RowFailed, StepCache, can_share
+from offload.daemon.work import step_attention
+from offload.daemon.work.step_attention import StepAttention
+from offload.daemon.work.step_cache import RowFailed, StepCache, can_share
 from offload.errors import CapacityError
 from offload.sessions.store import SessionStore
 from tests.support.models import make_model

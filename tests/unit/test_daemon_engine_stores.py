@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from offload.daemon.session_book import Realm
-from offload.daemon.session_stores import SessionStores
+from offload.daemon.work.session_book import Realm
+from offload.daemon.work.session_stores import SessionStores
 from offload.errors import ConfigError
 from tests.support.daemon import Stepped, settings_in, tiny
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from offload.daemon.requests import Sampling
-from offload.daemon.sampling import Sampler
-from offload.daemon.text_stream import TextStream
-from offload.daemon.token_log import TokenLog, num_common
+from offload.daemon.work.sampling import Sampler
+from offload.daemon.work.text_stream import TextStream
+from offload.daemon.work.token_log import TokenLog, num_common
 from tests.support.daemon import recall
 
 PLAIN = Sampling(temperature=0.0)

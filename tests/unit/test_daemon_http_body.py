@@ -7,7 +7,7 @@ import pytest
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from offload.daemon.http_body import MAX_DEPTH, BodyLimit, parse_json
+from offload.daemon.http.body import MAX_DEPTH, BodyLimit, parse_json
 
 GOOD = [{"a": [1, 2.5, None, "é"]}, [], "text", "\U0001f600", 12345678901234567890]
 

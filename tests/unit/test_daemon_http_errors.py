@@ -6,7 +6,7 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from offload.daemon import errors
-from offload.daemon.http_errors import NotFound, Unauthorised, problem_of
+from offload.daemon.http.errors import NotFound, Unauthorised, problem_of
 from offload.errors import CapacityError, ClosedError, ConfigError, DiskFull, StorageError
 
 TABLE = [

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from offload.daemon.identity import clean_name, session_hint
+from offload.daemon.http.identity import clean_name, session_hint
 
 USER_ID = "user_0123_account_4567_session_89abcdef-0123-4567-89ab-cdef01234567"
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from offload.daemon.errors import BadRequest
-from offload.daemon.render import Recall, Renderer
-from offload.daemon.render_builtin import render_builtin
-from offload.daemon.render_messages import (
+from offload.daemon.http.render import Recall, Renderer
+from offload.daemon.http.render_builtin import render_builtin
+from offload.daemon.http.render_messages import (
     Message,
     chain_digests,
     for_template,

@@ -9,9 +9,9 @@ import pytest
 from starlette.types import Message
 
 from offload.daemon.errors import QueueFull
-from offload.daemon.http_generation import EventFeed
+from offload.daemon.http.generation import EventFeed
+from offload.daemon.http.sse import EventStream, data_event, named_event
 from offload.daemon.requests import CachedTokens, Event, Finished, Started, Token
-from offload.daemon.sse import EventStream, data_event, named_event
 
 STARTED = Started(None, 1, CachedTokens(), 0, 0.0, 0.0, None)
 FINISHED = Finished("stop", "", None, 1, 1, CachedTokens(), 1, 0.0, 0.0, 0.0)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from offload.daemon.http_errors import NotFound
-from offload.daemon.http_pages import page_of
-from offload.daemon.http_store import HttpStore, StoredAnswer, StoredResponse
-from offload.daemon.http_tables import HttpTables
+from offload.daemon.http.errors import NotFound
+from offload.daemon.http.pages import page_of
+from offload.daemon.http.store import HttpStore, StoredAnswer, StoredResponse
+from offload.daemon.http.tables import HttpTables
 from offload.errors import StorageError
 
 

@@ -5,7 +5,7 @@ import json
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 
-from offload.daemon.tool_calls import (
+from offload.daemon.http.tool_calls import (
     AnswerParser,
     Form,
     Parts,

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from offload.daemon.configuration import LimitsSection
 from offload.daemon.errors import QueueFull
-from offload.daemon.limits import InFlight
-from offload.daemon.limits_request import RequestLimits
-from offload.daemon.tenants import Tenant
+from offload.daemon.ops.configuration import LimitsSection
+from offload.daemon.ops.limits import InFlight
+from offload.daemon.ops.limits_request import RequestLimits
+from offload.daemon.ops.tenants import Tenant
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

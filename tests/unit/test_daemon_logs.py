@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import structlog
 
-from offload.daemon.config_sections import LoggingSection
-from offload.daemon.logs import LOG, RequestLog, configure_logs
+from offload.daemon.ops.config_sections import LoggingSection
+from offload.daemon.ops.logs import LOG, RequestLog, configure_logs
+from offload.daemon.ops.watched_engine import RequestRecord
 from offload.daemon.requests import (
     CachedTokens,
     Finished,
@@ -20,7 +21,6 @@ from offload.daemon.requests import (
     Sampling,
     Started,
 )
-from offload.daemon.watched_engine import RequestRecord
 
 HOSTILE = "a\nb\r\x1b[31mc\x7f\u202e\u2028d"
 STARTED = Started("chat", 4, CachedTokens(1, 1, 1), 64, 0.5, 0.25, Miss(3, "diverged"))

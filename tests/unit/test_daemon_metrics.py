@@ -8,12 +8,12 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from offload.daemon.metrics import EngineCollector
-from offload.daemon.metrics_histograms import RequestMetrics
+from offload.daemon.ops.metrics import EngineCollector
+from offload.daemon.ops.metrics_histograms import RequestMetrics
+from offload.daemon.ops.status_wear import DiskWear
+from offload.daemon.ops.watched_engine import RequestRecord
 from offload.daemon.requests import CachedTokens, Finished, GenerationRequest, Sampling
 from offload.daemon.state import EngineState, TierState, Totals
-from offload.daemon.status_wear import DiskWear
-from offload.daemon.watched_engine import RequestRecord
 
 TOTALS = Totals(
     requests=9,

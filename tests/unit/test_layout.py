@@ -13,7 +13,10 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = ("kernels", "tiers", "index", "prefetch")
-SUBPACKAGES = ("bench", "daemon", "evals", "sessions", "sparse", "video")
+SUBPACKAGES = (
+    *("bench", "evals", "sessions", "sparse", "video"),
+    *("daemon", "daemon/http", "daemon/ops", "daemon/work"),
+)
 """Folders inside ``offload/`` itself."""
 NESTED = {"tiers": ("near",)}
 """Folders inside root folders; setuptools has to be told of each."""
@@ -132,7 +135,7 @@ def test_package_dir_of_every_folder_matches_its_link() -> None:
     inner = [(outer, name) for outer, names in NESTED.items() for name in names]
     mapping |= {f"offload.{outer}.{name}": f"{outer}/{name}" for outer, name in inner}
     assert PYPROJECT["tool"]["setuptools"]["package-dir"] == mapping
-    packages = {*mapping, *(f"offload.{name}" for name in SUBPACKAGES)}
+    packages = {*mapping, *(f"offload.{name.replace('/', '.')}" for name in SUBPACKAGES)}
     assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == packages
 
 

@@ -1,0 +1,1 @@
+"""Requests and replies: the APIs that clients speak, over one engine."""

@@ -1,0 +1,1 @@
+"""Running the daemon: configuration, who may ask, what is seen of it."""

@@ -1,0 +1,98 @@
+"""The configuration in the words of the engine and of the HTTP side."""
+
+from pathlib import Path
+
+import psutil
+
+from offload.daemon.engine_settings import EngineSettings, SessionSettings
+from offload.daemon.http.options import ID_HEADERS, HttpOptions
+from offload.daemon.ops.config_units import bytes_of
+from offload.daemon.ops.configuration import Configuration
+from offload.machine import read_gpus, read_memory
+from offload.tiers.scratch import default_parent
+
+
+def data_path_of(configuration: Configuration) -> Path:
+    """Return the folder of what outlives the process: ``daemon`` in the cache folder by default."""
+    path = configuration.data_path
+    return (default_parent() / "daemon" if path is None else path.expanduser()).absolute()
+
+
+def engine_settings(configuration: Configuration) -> EngineSettings:
+    """Return what the engine is told.
+
+    Raises
+    ------
+    ConfigError
+        A size is a share of something that cannot be looked at.
+    """
+    tiers, running = configuration.tiers, configuration.running
+    return EngineSettings(
+        data_path=data_path_of(configuration),
+        tiers=tiers.use,
+        capacity=_capacity(configuration) or None,
+        policy=tiers.policy,
+        codec=tiers.codec,
+        chunk_tokens=tiers.chunk_tokens,
+        max_context_tokens=configuration.model.max_context_tokens,
+        prefill_tokens=running.prefill_tokens,
+        max_piece_s=running.max_piece,
+        max_running=running.max_running,
+        max_waiting=running.max_waiting,
+        queue_timeout_s=running.queue_timeout,
+        min_free_bytes=tiers.disk.min_free,
+        sessions=_session_settings(configuration),
+    )
+
+
+def http_options(configuration: Configuration) -> HttpOptions:
+    """Return what the HTTP side is told."""
+    server = configuration.server
+    return HttpOptions(
+        data_path=data_path_of(configuration),
+        keepalive_s=server.sse_keepalive,
+        send_timeout_s=server.limits.write_timeout,
+        max_body_bytes=server.limits.body,
+        max_import_bytes=server.limits.archive,
+        max_store_bytes=server.limits.stored,
+        default_max_tokens=server.default_max_tokens,
+        response_ttl_s=configuration.sessions.response_ttl,
+        accept_any_model=server.accept_any_model,
+        id_headers=(*ID_HEADERS, *server.id_headers),
+    )
+
+
+def _session_settings(configuration: Configuration) -> SessionSettings:
+    sessions = configuration.sessions
+    return SessionSettings(
+        auto_create_min_tokens=sessions.auto_create_min_tokens,
+        idle_to_host_s=sessions.idle_to_host,
+        idle_to_disk_s=sessions.idle_to_disk,
+        ttl_s=sessions.ttl,
+        persist=sessions.persist,
+        persist_interval_s=sessions.persist_interval,
+        max_per_tenant=sessions.max_per_tenant,
+        disk_quota_bytes=sessions.disk_quota,
+        hard_pin_share=sessions.hard_pin_share,
+        on_disconnect=sessions.on_disconnect,
+    )
+
+
+def _capacity(configuration: Configuration) -> dict[str, int | str]:
+    """Return the capacities that were given; shares are of all that there is."""
+    tiers = configuration.tiers
+    given = {"gpu": tiers.device.size, "cpu": tiers.host.size, "disk": tiers.disk.size}
+    return {
+        tier: bytes_of(size, _total_bytes(tier, configuration)) if isinstance(size, str) else size
+        for tier, size in given.items()
+        if size is not None and tier in tiers.use
+    }
+
+
+def _total_bytes(tier: str, configuration: Configuration) -> int:
+    if tier == "disk":
+        path = data_path_of(configuration)
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        return int(psutil.disk_usage(str(existing)).total)
+    gpus = read_gpus() if tier == "gpu" and configuration.model.device != "cpu" else ()
+    return gpus[0].total_bytes if gpus else read_memory().total_bytes

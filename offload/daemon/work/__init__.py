@@ -1,0 +1,1 @@
+"""The engine's thread: sessions, and how requests take turns on the model."""
