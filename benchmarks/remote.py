@@ -8,7 +8,7 @@ S3 server of tests (``MOTO_PYTHON``) takes its turn if there is one; it is writt
 rates are bounds of the server, not of a store.
 
     python -m benchmarks.remote [--mib 128] [--tokens 4096] [--rounds 3] [--directory DIR]
-        [--delay-ms 20] [--json FILE]
+        [--delay-ms 20] [--threads 32] [--json FILE]
 """
 
 import argparse
@@ -127,7 +127,9 @@ def measure(
         with SessionStore(folder / "root", quota="8GiB", min_free=0) as store:
             save_normal(store, torch.bfloat16, options.mib << 20)
             for number in range(options.rounds):
-                with RemoteSessions(make(uuid.uuid4().hex), compress=compress) as remote:
+                with RemoteSessions(
+                    make(uuid.uuid4().hex), compress=compress, num_threads=options.threads
+                ) as remote:
                     cpu_s = time.process_time()
                     report = remote.publish(store, _NAME)
                     ups.append((report.seconds, time.process_time() - cpu_s))
@@ -168,7 +170,7 @@ def restore(kind: str, make: MakeBucket, options: argparse.Namespace) -> Restore
         with (
             SessionStore(folder / "a", quota="8GiB", min_free=0) as store,
             SessionStore(folder / "b", quota="8GiB", min_free=0) as other,
-            RemoteSessions(make(uuid.uuid4().hex)) as remote,
+            RemoteSessions(make(uuid.uuid4().hex), num_threads=options.threads) as remote,
         ):
             with OffloadedCache(
                 ["gpu", "cpu", "disk"], capacity=capacity, disk_path=folder / "disk"
@@ -246,6 +248,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--delay-ms", type=float, default=20.0)
+    parser.add_argument("--threads", type=int, default=32)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=Path, help="write the result to this file")
     options = parser.parse_args(sys.argv[1:])

@@ -145,7 +145,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser("chat", help="talk to a daemon; or pipe a question into it")
     add_client_options(parser)
     parser.add_argument("--session", default="chat", metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="of an answer")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="of an answer (default: %(default)s)",
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="0: no chance")
     text = "where conversations are kept (default: 'chat' in the user's cache folder)"
     parser.add_argument("--history", type=Path, metavar="DIR", help=text)

@@ -4,8 +4,11 @@ import argparse
 import functools
 import sys
 from pathlib import Path
+from typing import Final
 
 from offload.cli_daemon import OPTIONS, add_config_options, import_daemon, options_of
+
+_PACKAGED: Final = "recall"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -34,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     daemon = import_daemon("serve")
 
     def announce(address: str) -> None:
-        print(_hello(address), file=sys.stderr, flush=True)
+        print(_hello(address, configuration.model.path), file=sys.stderr, flush=True)
         if args.ready_file is not None:
             daemon.write_ready_file(args.ready_file, address)
 
@@ -42,13 +45,19 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def _hello(address: str) -> str:
+def _hello(address: str, model: str) -> str:
+    """Return what to try; the packaged model finds such records and can do nothing else."""
     is_path = address.startswith("unix:")
     url = "http://localhost" if is_path else address
     how = f"--unix-socket {address.removeprefix('unix:')} " if is_path else ""
+    path = "/v1/chat/completions"
     body = '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}'
+    if model == _PACKAGED:
+        path = "/v1/completions"
+        prompt = r'"prompt": "A note [gate:48213] and more text.\n[gate:"'
+        body = f'{{{prompt}, "max_tokens": 6, "temperature": 0}}'
     return (
         f"\noffload serves {address}\n\n"
-        f"  curl {how}{url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"  curl {how}{url}{path} -H 'Content-Type: application/json' \\\n"
         f"    -d '{body}'\n"
     )

@@ -24,10 +24,17 @@ def load_packaged(kind: str, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """
     # Imported here because it takes seconds, and importing the package should not.
     import transformers
+    from transformers.utils import logging
 
-    with resources.as_file(resources.files("offload") / "assets" / name) as folder:
-        model = getattr(transformers, kind).from_pretrained(
-            folder, dtype=dtype, local_files_only=True
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a few megabytes are there at once
+    try:
+        with resources.as_file(resources.files("offload") / "assets" / name) as folder:
+            model = getattr(transformers, kind).from_pretrained(
+                folder, dtype=dtype, local_files_only=True
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
     return model.eval(), tokenizer

@@ -73,7 +73,7 @@ class RemoteSessions:
         owner: str | None = None,
         lease_s: float = 300.0,
         grace_s: float = 86_400.0,
-        num_threads: int = 16,
+        num_threads: int = 32,
         compress: bool = True,
         patience: Patience | None = None,
         options: Mapping[str, Any] | None = None,

@@ -248,8 +248,11 @@ def test_chat_of_a_pipe_goes_on_where_it_was(
     args = ("chat", "--session", "piped", "--max-tokens", "4", "--history", str(tmp_path))
     assert shell.run(*args, stdin="How does it begin?\n").strip()
     assert shell.run(*args, stdin="And then?\n").strip()
-    lines = [line for line in running.daemon.log if line.get("session") == "piped"]
-    assert sum(lines[1]["cached"].values()) >= lines[0]["prompt_tokens"]
+    wait_for = running.daemon.wait_for
+    first = wait_for(lambda line: line.get("session") == "piped")
+    known = first["prompt_tokens"]
+    second = wait_for(lambda line: line.get("session") == "piped" and line is not first)
+    assert sum(second["cached"].values()) >= known
 
 
 def test_sessions_of_a_daemon_are_listed_changed_and_moved(
