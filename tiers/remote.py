@@ -1,7 +1,5 @@
 """The remote tier: chunks as objects in an object store, each verified when it is read."""
 
-import logging
-import secrets
 import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
@@ -9,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from offload.errors import CapacityError, ClosedError, ConfigError, OffloadError
+from offload.errors import CapacityError, ClosedError, ConfigError
 from offload.tiers.base import Tier
 from offload.tiers.io_engine import IoEngine, Job
 from offload.tiers.record import RecordFormat
@@ -20,11 +18,6 @@ from offload.tiers.remote_chunks import RemoteChunks
 from offload.tiers.requests import check_buffers, describe, no_record
 from offload.tiers.transfer import FutureTransfer, Transfer
 from offload.types import PAGE_BYTES, ChunkInfo, ChunkLayout, SlotId
-
-_LOG = logging.getLogger(__name__)
-
-SCRATCH = "scratch"
-"""Prefix of what tiers write; each has a folder of its own there."""
 
 
 class RemoteTier(Tier):
@@ -75,19 +68,19 @@ class RemoteTier(Tier):
         self.record_bytes = PAGE_BYTES + layout.slot_bytes
         self.part_bytes = fmt.unit_bytes
         self.parts_per_head = fmt.units_per_head
-        self.prefix = f"{SCRATCH}/{secrets.token_hex(16)}"
-        """Where the objects of this tier are."""
-        self.num_left_behind = 0
-        """Objects of freed slots that could not be removed; ``close`` tries again."""
-        self._bucket = bucket
         self._chunks = RemoteChunks(bucket, layout, fingerprint, compress=compress)
         self._num_slots = capacity_bytes // self.record_bytes
         self._lock = threading.Lock()
         self._slots: dict[SlotId, str | None] = {}
         """Allocated slots, and the name of the object of those that can be read."""
-        self._next_slot, self._next_object = 0, 0
+        self._next_slot = 0
         self._closed = False
         self._engine = IoEngine(num_threads, deadline_s=deadline_s)
+
+    @property
+    def num_left_behind(self) -> int:
+        """Objects of freed slots that could not be removed; ``close`` tries again."""
+        return self._chunks.num_left_behind
 
     @property
     def num_slots(self) -> int:
@@ -174,8 +167,7 @@ class RemoteTier(Tier):
             old = [name for slot in slots if (name := self._slots[slot]) is not None]
             self._slots.update(dict.fromkeys(slots))
             for slot, info, source in zip(slots, infos, src, strict=True):
-                name = f"{self.prefix}/{self._next_object:012d}"
-                self._next_object += 1
+                name = self._chunks.new_name()
                 jobs.append(partial(self._write_one, slot, info, source, name))
         self._remove(old)
         what = describe(self.name, "write", infos)
@@ -205,11 +197,8 @@ class RemoteTier(Tier):
             self._slots.clear()
         try:
             self._engine.close()
-            if self._next_object:
-                left = self._bucket.list(self.prefix)
-                self._bucket.delete([found.name for found in left])
         finally:
-            self._bucket.close()
+            self._chunks.close()
 
     def _start_read(
         self,
@@ -250,7 +239,7 @@ class RemoteTier(Tier):
             if not is_late:
                 self._slots[slot] = name
         if is_late:
-            self._remove_now([name])
+            self._chunks.remove([name])
 
     def _read_one(self, name: str, info: ChunkInfo, out: Buffer, start: int, _: memoryview) -> None:
         chunk = self._chunks.read(name, info)
@@ -258,14 +247,7 @@ class RemoteTier(Tier):
 
     def _remove(self, names: Sequence[str]) -> None:
         if names and not self._closed:
-            self._engine.submit([partial(self._remove_now, names)], urgent=False)
-
-    def _remove_now(self, names: Sequence[str], _: memoryview | None = None) -> None:
-        try:
-            self._bucket.delete(names)
-        except OffloadError as error:
-            self.num_left_behind += len(names)
-            _LOG.warning("%d objects of freed chunks are left until close: %s", len(names), error)
+            self._engine.submit([lambda _: self._chunks.remove(names)], urgent=False)
 
     def _check_open(self) -> None:
         if self._closed:

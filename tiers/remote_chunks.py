@@ -2,12 +2,15 @@
 
 import hashlib
 import logging
+import secrets
 import struct
+import threading
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
 
-from offload.errors import CorruptChunk
+from offload.errors import CorruptChunk, OffloadError
 from offload.tiers.remote_block import BlockFormat, decode_frame, pack_block, parse_header
 from offload.tiers.remote_bucket import Bucket
 from offload.types import ChunkInfo, ChunkLayout
@@ -15,9 +18,21 @@ from offload.types import ChunkInfo, ChunkLayout
 _LOG = logging.getLogger(__name__)
 _INFO = struct.Struct("<QQQ")
 
+SCRATCH = "scratch"
+"""Prefix of what tiers write."""
+
 
 class RemoteChunks:
-    """Chunks of one layout in a bucket, each an object. Any thread may call any method.
+    """Chunks of one layout in a folder of their own, each an object.
+
+    Any thread may call any method.
+
+    Attributes
+    ----------
+    prefix : str
+        The folder, which nobody else knows.
+    num_left_behind : int
+        Objects that could not be removed; ``close`` tries again.
 
     Parameters
     ----------
@@ -34,9 +49,19 @@ class RemoteChunks:
         self._bucket = bucket
         self._fmt = BlockFormat(fingerprint, 1, layout.chunk_bytes, layout.dtype.itemsize)
         self._compress = compress
+        self.prefix = f"{SCRATCH}/{secrets.token_hex(16)}"
+        self.num_left_behind = 0
+        self._lock = threading.Lock()
+        self._num_names = 0
+
+    def new_name(self) -> str:
+        """Return a name that no object has had."""
+        with self._lock:
+            self._num_names += 1
+            return f"{self.prefix}/{self._num_names - 1:012d}"
 
     def write(self, name: str, info: ChunkInfo, source: Tensor) -> None:
-        """Write a chunk under a name that is nobody else's.
+        """Write a chunk under a new name.
 
         Parameters
         ----------
@@ -65,6 +90,29 @@ class RemoteChunks:
         except CorruptChunk as error:
             _LOG.warning("%s; reading it again", error)
             return self._read(name, info)
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove objects, or leave them behind and say so."""
+        try:
+            self._bucket.delete(names)
+        except OffloadError as error:
+            with self._lock:
+                self.num_left_behind += len(names)
+            _LOG.warning("%d objects of freed chunks are left until close: %s", len(names), error)
+
+    def close(self) -> None:
+        """Remove every object, and close the bucket.
+
+        Raises
+        ------
+        StorageError
+            Some could not be removed; names the folder.
+        """
+        try:
+            if self._num_names:
+                self._bucket.delete([found.name for found in self._bucket.list(self.prefix)])
+        finally:
+            self._bucket.close()
 
     def _read(self, name: str, info: ChunkInfo) -> memoryview:
         content, what = self._bucket.get(name), f"{self._bucket.url}/{name}"

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from offload.errors import SessionInUse
+from offload.errors import OffloadError, SessionInUse
 from offload.sessions.remote_log import ManifestLog
 from offload.sessions.remote_manifest import Manifest
 
@@ -59,6 +59,22 @@ class RemoteLeases:
             )
         return self._append(known, epoch=known.epoch + 1, owner=self.owner)
 
+    def take_live(self, name: str) -> Manifest:
+        """Become the owner of a session that can be opened.
+
+        Raises
+        ------
+        SessionNotFound
+        SessionInUse
+            As ``take``.
+        """
+        self._log.find(name, self._clock())
+        manifest = self.take(name)
+        if not manifest.is_live(self._clock()):  # deleted just now
+            self.release(name)
+            self._log.find(name, self._clock())
+        return manifest
+
     def change(self, name: str, **changes: Any) -> Manifest:
         """Write the next version of a session that this owner has, and renew the lease.
 
@@ -89,6 +105,13 @@ class RemoteLeases:
         if self.held(name) is not None:
             self._append(self._held[name], lease_until=0.0)
             self.forget(name)
+
+    def let_go(self, name: str, error: BaseException) -> None:
+        """Release a session because of an error; notes on it if that fails, too."""
+        try:
+            self.release(name)
+        except OffloadError as another:
+            error.add_note(f"the session stays ours until its lease ends: {another}")
 
     def forget(self, name: str) -> None:
         """Behave as if the session had never been taken; others wait for the lease to end."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from offload.errors import ConfigError, OffloadError, SessionNotFound
+from offload.errors import ConfigError
 from offload.sessions import remote_garbage
 from offload.sessions.remote_fetch import FetchReport, fetch_session
 from offload.sessions.remote_garbage import GarbageReport
@@ -17,7 +17,6 @@ from offload.sessions.remote_leases import RemoteLeases
 from offload.sessions.remote_listing import RemoteInfo, list_remote
 from offload.sessions.remote_local import open_root
 from offload.sessions.remote_log import ManifestLog
-from offload.sessions.remote_manifest import Manifest
 from offload.sessions.remote_publish import Publisher, PublishReport
 from offload.sessions.store import SessionStore
 from offload.tiers.remote_bucket import Bucket, Patience
@@ -180,7 +179,7 @@ class RemoteSessions:
             An object is damaged or missing; the local store is as before.
         DiskFull, StorageError, ConfigError
         """
-        manifest = self._take_live(name) if take else self._log.find(name, self._clock())
+        manifest = self._leases.take_live(name) if take else self._log.find(name, self._clock())
 
         def advance(done: int, total: int) -> None:
             if take:
@@ -200,7 +199,7 @@ class RemoteSessions:
                 )
         except BaseException as error:
             if take:
-                self._let_go(name, error)
+                self._leases.let_go(name, error)
             raise
         self._seen[name] = manifest.file
         return report
@@ -217,7 +216,7 @@ class RemoteSessions:
         SessionNotFound
         SessionInUse
         """
-        return self._take_live(name).epoch
+        return self._leases.take_live(name).epoch
 
     def renew(self, name: str) -> None:
         """Keep a session for another ``lease_s``.
@@ -243,7 +242,7 @@ class RemoteSessions:
             Another owner has it.
         """
         if self._leases.held(name) is None:
-            self._take_live(name)
+            self._leases.take_live(name)
         self._leases.change(name, is_deleted=True, lease_until=0.0)
         self._leases.forget(name)
         self._seen.pop(name, None)
@@ -266,18 +265,3 @@ class RemoteSessions:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _take_live(self, name: str) -> Manifest:
-        """Take a session that can be opened."""
-        self._log.find(name, self._clock())
-        manifest = self._leases.take(name)
-        if not manifest.is_live(self._clock()):  # deleted just now
-            self._leases.release(name)
-            raise SessionNotFound(f"{self._bucket.url} has no session {name!r}")
-        return manifest
-
-    def _let_go(self, name: str, error: BaseException) -> None:
-        try:
-            self._leases.release(name)
-        except OffloadError as another:
-            error.add_note(f"the session stays ours until its lease ends: {another}")

@@ -2,7 +2,7 @@
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from offload.sessions.remote_manifest import Manifest
 from offload.sessions.remote_sessions import RemoteSessions
 from tests.support.faulty_proxy import faulty_proxy
 from tests.support.remote import folder_bucket, s3_bucket
-from tests.support.remote_sessions import Machine, age, objects_in
+from tests.support.remote_sessions import Machine, NewMachine, machines, objects_in
 from tests.support.s3_server import needs_moto, s3_server
 from tests.support.sessions import (
     expected_payloads,
@@ -37,8 +37,6 @@ IDS = make_token_ids(8, 1)
 SHORT, LONG = make_content(3, 1, token_ids=IDS), make_content(6, 1, token_ids=IDS)
 OTHER = make_content(3, 2, token_ids=make_token_ids(3, 9))
 
-NewMachine = Callable[[str], Machine]
-
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
@@ -49,17 +47,8 @@ def port() -> Iterator[int]:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[NewMachine]:
-    """Return machines that share a folder."""
-    folder_bucket(tmp_path / "bucket").list("nothing")
-    machines: list[Machine] = []
-
-    def make(name: str) -> Machine:
-        machines.append(Machine(tmp_path, folder_bucket(tmp_path / "bucket"), name))
-        return machines[-1]
-
-    yield make
-    for each in machines:
-        each.__exit__()
+    with machines(tmp_path) as make:
+        yield make
 
 
 @needs_moto
@@ -263,24 +252,6 @@ def test_damaged_object_is_an_error_and_leaves_the_local_store_as_it_was(
     assert read_back(b.store, "s") == expected_payloads(SHORT)
 
 
-def test_damaged_manifest_is_an_error_and_stops_the_collection(
-    machine: NewMachine, tmp_path: Path
-) -> None:
-    a = machine("a")
-    for name in ("s", "t"):
-        save(a.store, name, SHORT)
-        a.remote.publish(a.store, name)
-    newest = [name for name in objects_in(tmp_path / "bucket", "sessions/") if "json" in name][-1]
-    content = (tmp_path / "bucket" / newest).read_bytes()
-    (tmp_path / "bucket" / newest).write_bytes(content.replace(b"blocks", b"blockz"))
-    before = objects_in(tmp_path / "bucket")
-    age(tmp_path / "bucket", 1e6)
-    for attempt in (a.remote.list, a.remote.collect):
-        with pytest.raises(CorruptChunk, match="checksum"):
-            attempt()
-    assert objects_in(tmp_path / "bucket") == before
-
-
 def test_session_that_is_deleted_or_expired_is_not_found(machine: NewMachine) -> None:
     a = machine("a")
     a.clock.now_s = 0.0
@@ -298,85 +269,6 @@ def test_session_that_is_deleted_or_expired_is_not_found(machine: NewMachine) ->
     for name in ("s", "t", "u"):
         with pytest.raises(SessionNotFound, match="no session"):
             a.remote.fetch(a.store, name, overwrite=True)
-
-
-def test_collection_removes_what_nothing_names_in_two_rounds_and_nothing_else(
-    machine: NewMachine, tmp_path: Path
-) -> None:
-    a, folder = machine("a"), tmp_path / "bucket"
-    for name, content in (("s", LONG), ("t", SHORT), ("o", OTHER)):
-        save(a.store, name, content)
-        a.remote.publish(a.store, name)
-    for name in ("s", "o"):
-        a.remote.delete(name)
-    a.clock.now_s += 1000
-    assert a.remote.collect().num_condemned == 0  # all of it is young
-    age(folder, 4000)
-    report = a.remote.collect()
-    assert (report.num_sessions, report.num_condemned) == (1, 3 + 3 + 2)
-    assert len(objects_in(folder, "blocks/")) == 9
-    age(folder, 4000, "condemned/")
-    assert a.remote.collect().num_removed == 8
-    assert len(objects_in(folder, "blocks/")) == 3
-    a.remote.release("t")
-    b = machine("b")
-    b.remote.fetch(b.store, "t")
-    assert read_back(b.store, "t") == expected_payloads(SHORT)
-    age(folder, 1e6, "condemned/")
-    a.remote.collect()
-    assert objects_in(folder, "condemned/") == []
-
-
-def test_publisher_never_relies_on_what_is_condemned(machine: NewMachine, tmp_path: Path) -> None:
-    a, b, folder = machine("a"), machine("b"), tmp_path / "bucket"
-    save(a.store, "s", SHORT)
-    a.remote.publish(a.store, "s")
-    a.remote.delete("s")
-    a.clock.now_s += 1000
-    age(folder, 4000)
-    a.remote.collect()
-    save(b.store, "s", LONG)
-    assert b.remote.publish(b.store, "s").written_blocks == 6  # its own, beside the condemned ones
-    age(folder, 4000)
-    a.remote.collect()
-    a.remote.collect()
-    b.remote.release("s")
-    a.remote.fetch(a.store, "s", overwrite=True)
-    assert read_back(a.store, "s") == expected_payloads(LONG)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_collection_at_any_moment_of_a_publication_loses_nothing(
-    machine: NewMachine, tmp_path: Path, seed: int
-) -> None:
-    a, b, folder = machine("a"), machine("b"), tmp_path / "bucket"
-    save(a.store, "old", LONG)
-    a.remote.publish(a.store, "old")
-    a.remote.delete("old")
-    a.clock.now_s += 1000
-    age(folder, 4000)
-    save(b.store, "s", LONG)
-    rounds: list[int] = []
-
-    def collect(done: int, total: int) -> None:
-        if done % 3 == seed:
-            rounds.append(a.remote.collect().num_removed)
-
-    b.remote.publish(b.store, "s", progress=collect)
-    assert len(rounds) >= 2
-    b.remote.release("s")
-    c = machine("c")
-    c.remote.fetch(c.store, "s")
-    assert read_back(c.store, "s") == expected_payloads(LONG)
-
-
-def test_publication_that_takes_longer_than_is_safe_is_not_published(tmp_path: Path) -> None:
-    bucket = folder_bucket(tmp_path / "bucket")
-    with Machine(tmp_path, bucket, "a", grace_s=1e-9) as a:
-        save(a.store, "s", SHORT)
-        with pytest.raises(StorageError, match="at most half of grace_s"):
-            a.remote.publish(a.store, "s")
-        assert a.remote.list() == []
 
 
 @pytest.mark.parametrize("argument", ["lease_s", "grace_s", "num_threads"])

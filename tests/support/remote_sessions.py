@@ -1,12 +1,14 @@
 """Machines that share an object store: each has a root of its own."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from offload.sessions.remote_sessions import RemoteSessions
 from offload.tiers.remote_bucket import Bucket
-from tests.support.remote import StillClock
+from tests.support.remote import StillClock, folder_bucket
 from tests.support.sessions import small_store
 
 GRACE_S = 3600.0
@@ -27,6 +29,19 @@ class Machine:
     def __exit__(self, *failure: object) -> None:
         self.remote.close()
         self.store.close()
+
+
+NewMachine = Callable[[str], Machine]
+
+
+@contextmanager
+def machines(folder: Path) -> Iterator[NewMachine]:
+    """Make machines that share the folder ``bucket``, for as long as the body runs."""
+    folder_bucket(folder / "bucket").list("nothing")  # makes the folder
+    with ExitStack() as stack:
+        yield lambda name: stack.enter_context(
+            Machine(folder, folder_bucket(folder / "bucket"), name)
+        )
 
 
 def objects_in(folder: Path, prefix: str = "") -> list[str]:
