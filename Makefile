@@ -5,7 +5,7 @@ JOBS ?= 2
 # The tests run in JOBS processes, one thread each, so that results do not depend on the cores.
 test fault gpu: export OMP_NUM_THREADS = 1
 
-.PHONY: setup lock check test fault gpu bench demo wheel clean
+.PHONY: setup lock lint check test fault gpu bench demo wheel clean
 
 setup:  ## make or update .venv (asks nothing, does nothing if it is up to date)
 	@$(PYTHON) tools/setup_env.py
@@ -13,13 +13,17 @@ setup:  ## make or update .venv (asks nothing, does nothing if it is up to date)
 lock: setup  ## rewrite requirements.lock from what .venv holds
 	$(VENV) tools/write_lock.py
 
-check: setup  ## lint, format, types
+lint: setup
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
+
+check: lint  ## lint, format, types
 	$(VENV) tools/check_types.py
 
-test: check  ## everything that must pass before a merge
-	$(VENV) -m pytest -n $(JOBS)
+test: lint  ## everything that must pass before a merge; types are checked beside the tests
+	@$(VENV) tools/check_types.py & types=$$!; \
+	$(VENV) -m pytest -n $(JOBS); tests=$$?; \
+	wait $$types && exit $$tests
 
 fault: setup  ## what happens when disks fill, lie or hang
 	$(VENV) -m pytest tests/fault
