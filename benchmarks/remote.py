@@ -4,8 +4,8 @@ Sessions of normally distributed numbers in chunks of an 8B model with GQA, publ
 with and without compression; each fetch goes to an empty store. Rates count payload bytes, the best
 of some rounds. With a delay, every request waits so long first, as one to another region does. Then
 the shipped recall model reads a document, which is published, fetched, and asked for one token. An
-S3 server of tests (``MOTO_PYTHON``) takes its turn if there is one; it is written in Python, so its
-rates are bounds of the server, not of a store.
+S3 server of tests takes its turn, too; it is written in Python, so its rates are bounds of the
+server, not of a store.
 
     python -m benchmarks.remote [--mib 128] [--tokens 4096] [--rounds 3] [--directory DIR]
         [--delay-ms 20] [--threads 32] [--json FILE]
@@ -37,7 +37,7 @@ from offload.recall_data import build_document
 from offload.recall_model import load_recall_model
 from offload.sessions.remote_sessions import RemoteSessions
 from offload.tiers.remote_bucket import Bucket
-from tests.support.s3_server import BUCKET, moto_python, s3_options, s3_server
+from tests.support.s3_server import BUCKET, s3_options, s3_server
 
 _MB = 1e6
 _NAME = "session"
@@ -107,9 +107,6 @@ def stores(folder: Path, delay_ms: float) -> Iterator[dict[str, tuple[float, Mak
 
     kinds: dict[str, tuple[float, MakeBucket]] = {"folder": (0.0, local)}
     kinds["folder, far"] = (delay_ms, slow)
-    if moto_python() is None:
-        yield kinds
-        return
     with s3_server() as port:
         kinds["moto (S3)"] = (
             0.0,

@@ -21,7 +21,7 @@ from tests.contracts.tier_contract import (
 )
 from tests.support.disk import make_disk_tier
 from tests.support.remote import folder_bucket, make_remote_tier, s3_bucket
-from tests.support.s3_server import needs_moto, s3_server
+from tests.support.s3_server import s3_server
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,6 @@ class TestRemoteTierInFolder(TierContract):
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
 
 
-@needs_moto
 class TestRemoteTierOnS3(TierContract):
     @pytest.fixture(autouse=True)
     def _port(self, port: int) -> None:

@@ -10,7 +10,7 @@ from offload import OffloadedCache
 from offload.errors import CorruptChunk, StorageError
 from tests.support.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.support.remote import s3_bucket
-from tests.support.s3_server import BUCKET, needs_moto, s3_server
+from tests.support.s3_server import BUCKET, s3_server
 from tests.support.small_caches import (
     CAPACITY,
     CHUNK_TOKENS,
@@ -20,8 +20,6 @@ from tests.support.small_caches import (
     plain_after,
     step,
 )
-
-pytestmark = needs_moto
 
 RECORD_BYTES = 2 * 4096
 SMALL = {**CAPACITY, "disk": 5 * RECORD_BYTES, "remote": 200 * RECORD_BYTES}

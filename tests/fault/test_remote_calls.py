@@ -14,9 +14,7 @@ from offload.tiers.remote_bucket import Bucket
 from tests.contracts.tier_contract import WAIT_S, WHOLE_PAGES, make_buffers, make_infos, same_chunks
 from tests.support.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.support.remote import StillClock, make_remote_tier, s3_bucket
-from tests.support.s3_server import needs_moto, s3_options, s3_server
-
-pytestmark = needs_moto
+from tests.support.s3_server import s3_options, s3_server
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from offload.errors import CorruptChunk, StorageError
 from tests.support.remote import folder_bucket, s3_bucket
 from tests.support.remote_sessions import Machine, NewMachine, age, machines, objects_in
-from tests.support.s3_server import needs_moto, s3_server
+from tests.support.s3_server import s3_server
 from tests.support.sessions import (
     expected_payloads,
     make_content,
@@ -63,7 +63,6 @@ def test_collection_removes_what_nothing_names_in_two_rounds_and_nothing_else(
     assert objects_in(folder, "condemned/") == []
 
 
-@needs_moto
 def test_collection_over_s3_finds_everything_young_and_keeps_it(tmp_path: Path, port: int) -> None:
     with Machine(tmp_path, s3_bucket(port, uuid.uuid4().hex), "a") as a:
         save(a.store, "s", SHORT)

@@ -22,7 +22,7 @@ from offload.sessions.remote_sessions import RemoteSessions
 from tests.support.faulty_proxy import faulty_proxy
 from tests.support.remote import folder_bucket, s3_bucket
 from tests.support.remote_sessions import Machine, NewMachine, machines, objects_in
-from tests.support.s3_server import needs_moto, s3_server
+from tests.support.s3_server import s3_server
 from tests.support.sessions import (
     expected_payloads,
     make_content,
@@ -51,7 +51,6 @@ def machine(tmp_path: Path) -> Iterator[NewMachine]:
         yield make
 
 
-@needs_moto
 @pytest.mark.parametrize("fault", ["slow down", "internal error", "cut", "lost", "flip"])
 def test_session_moves_to_another_machine_whatever_happens_on_the_way(
     tmp_path: Path, port: int, fault: str
@@ -76,7 +75,6 @@ def test_session_moves_to_another_machine_whatever_happens_on_the_way(
     assert len(proxy.requests) > 30 or fault == "flip"
 
 
-@needs_moto
 @pytest.mark.parametrize("fault", ["expired", "skewed", "denied"])
 def test_publication_that_is_refused_half_way_changes_nothing_that_others_see(
     tmp_path: Path, port: int, fault: str
@@ -96,7 +94,6 @@ def test_publication_that_is_refused_half_way_changes_nothing_that_others_see(
             assert a.remote.publish(a.store, "s").num_blocks == 6
 
 
-@needs_moto
 def test_eight_owners_that_take_one_session_at_once_make_one_owner(
     tmp_path: Path, port: int
 ) -> None:
@@ -119,7 +116,6 @@ def test_eight_owners_that_take_one_session_at_once_make_one_owner(
         assert [epoch for epoch in epochs if epoch is not None] == [2]
 
 
-@needs_moto
 def test_eight_machines_that_publish_the_same_chunks_store_them_once(
     tmp_path: Path, port: int
 ) -> None:

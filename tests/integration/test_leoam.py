@@ -101,13 +101,13 @@ def test_early_layers_are_indexed_and_read_otherwise_than_the_others(tmp_path: P
 
 def test_leoam_answers_questions_about_a_document(tmp_path: Path) -> None:
     model, tokenizer = load_recall_model()
-    document = build_document(8192, 8, seed=3)
+    document = build_document(4096, 8, seed=3)
     reader, facts = Reader(model, tokenizer, document, 1024), choose_facts(document, 4, seed=3)
     assert PRESETS["leoam"].sparse is not None
     with OffloadedCache(
         TIERS,
         policy="leoam",
-        capacity=small_capacity(kv_bytes(model, 8192)) | {"disk": "1GiB"},
+        capacity=small_capacity(kv_bytes(model, 4096)) | {"disk": "1GiB"},
         disk_path=tmp_path,
     ) as cache:
         prefill(model, cache, torch.tensor([document.token_ids]), 1024, lambda count: None)

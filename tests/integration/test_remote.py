@@ -9,7 +9,7 @@ import torch
 
 from offload import OffloadedCache
 from offload.errors import CapacityError, ConfigError
-from tests.support.s3_server import BUCKET, needs_moto, s3_server
+from tests.support.s3_server import BUCKET, s3_server
 from tests.support.sessions import small_store
 from tests.support.small_caches import (
     CAPACITY,
@@ -55,7 +55,6 @@ def objects(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-@needs_moto
 def test_generate_over_s3_gives_the_same_tokens_as_without_offload(tmp_path: Path, s3: str) -> None:
     ids = draw_ids(2, 90)
     with open_cache(tmp_path, s3) as cache:

@@ -11,12 +11,12 @@ from offload import OffloadedCache
 from offload.errors import NamespaceMismatch
 from offload.sessions.remote_sessions import RemoteSessions
 from tests.support.model_sessions import assert_model_continues, save_model_session
-from tests.support.s3_server import BUCKET, needs_moto, s3_options, s3_server
+from tests.support.s3_server import BUCKET, s3_options, s3_server
 from tests.support.sessions import small_store
 from tests.support.small_caches import CAPACITY, CHUNK_TOKENS, make_llama
 
 
-@pytest.fixture(scope="module", params=["folder", pytest.param("s3", marks=needs_moto)])
+@pytest.fixture(scope="module", params=["folder", "s3"])
 def place(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, dict[str, object]]]:

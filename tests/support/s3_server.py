@@ -1,18 +1,10 @@
-"""A real S3 API on this machine: moto's server, one request at a time, in a process of its own.
-
-Its interpreter is this one if moto is installed here, else the one that ``MOTO_PYTHON`` names: moto
-brings many packages, and wants older versions of some.
-"""
+"""A real S3 API on this machine: moto's server, one request at a time, in a process of its own."""
 
 import contextlib
-import importlib.util
-import os
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-
-import pytest
 
 BUCKET = "bucket"
 
@@ -33,24 +25,10 @@ sys.stdin.read()
 """
 
 
-def moto_python() -> str | None:
-    """Return an interpreter that has moto, if there is one."""
-    if importlib.util.find_spec("moto") is not None:
-        return sys.executable
-    return os.environ.get("MOTO_PYTHON")
-
-
-needs_moto = pytest.mark.skipif(
-    moto_python() is None, reason="needs moto: install moto[s3,server], or set MOTO_PYTHON"
-)
-
-
 @contextlib.contextmanager
 def s3_server() -> Iterator[int]:
     """Run a server with one empty bucket; yields its port. It ends with its standard input."""
-    python = moto_python()
-    assert python is not None
-    command = [python, "-c", _SERVER]
+    command = [sys.executable, "-c", _SERVER]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
         assert server.stdin is not None
         assert server.stdout is not None
