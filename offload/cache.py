@@ -97,17 +97,8 @@ class OffloadedCache(Cache):
         config: Any = None,
     ) -> None:
         preset = customised(policy, budget=budget, error=error, max_wait_us=max_wait_us)
-        settings = check_settings(
-            tiers,
-            preset,
-            capacity,
-            disk_path,
-            chunk_tokens,
-            codec,
-            placement,
-            remote_url,
-            encrypted,
-        )
+        how = (codec, placement, remote_url, encrypted)
+        settings = check_settings(tiers, preset, capacity, disk_path, chunk_tokens, *how)
         self._adopt(CacheCore(settings), [])
         if config is not None:
             try:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from rich.console import Console, RenderableType
 
 from offload.errors import ConfigError
+from offload.key_files import read_key_file
 from offload.sessions.paths import RootPaths, default_root
 
 _WIDTH_OF_A_PIPE: Final = 500
@@ -19,7 +20,25 @@ def add_store_options(parser: argparse.ArgumentParser) -> None:
     """Add which root, and JSON."""
     text = "the session store (default: 'sessions' in the user's cache folder)"
     parser.add_argument("--root", type=Path, metavar="DIR", help=text)
+    add_key_option(parser)
     add_json_option(parser)
+
+
+def add_key_option(parser: argparse.ArgumentParser) -> None:
+    """Add the key of an encrypted store."""
+    text = "the key of a store that is encrypted"
+    parser.add_argument("--key-file", type=Path, metavar="FILE", help=text)
+
+
+def key_of(args: argparse.Namespace) -> bytes | None:
+    """Return the key that was named; None if there was none.
+
+    Raises
+    ------
+    ConfigError
+        The file holds no key, or others may read it.
+    """
+    return None if args.key_file is None else read_key_file(args.key_file)
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:

@@ -40,6 +40,9 @@ _DTYPE_CODES = {
     torch.int8: 7,
     torch.uint8: 8,
 }
+ITEM_BYTES = {code: dtype.itemsize for dtype, code in _DTYPE_CODES.items()}
+"""Of an element, by the code of its dtype in a header."""
+
 Starts = Sequence[int]
 
 

@@ -2,6 +2,7 @@
 
 import struct
 from array import array
+from collections.abc import Callable
 from itertools import accumulate
 
 import xxhash
@@ -9,6 +10,7 @@ import xxhash
 from offload.errors import ConfigError, CorruptChunk
 from offload.tiers.record import (
     FINGERPRINT_BYTES,
+    ITEM_BYTES,
     MAX_CODED_UNITS,
     MAX_SEALED_UNITS,
     MAX_UNITS,
@@ -20,7 +22,7 @@ from offload.tiers.record import (
     name_of,
 )
 from offload.tiers.sealing import SALT_BYTES, TAG_BYTES
-from offload.types import PAGE_BYTES, ChunkInfo
+from offload.types import PAGE_BYTES, ChunkInfo, round_up
 
 MAGIC = b"KVRECORD"
 FORMAT_VERSION = 2
@@ -44,6 +46,7 @@ _COMMON = (
 _CHECKSUM = struct.Struct("<Q")
 _CHECKSUMS_OFFSET = _FIELDS.size
 _LENGTH_BYTES = 4
+_MOST_SLOT_BYTES = 1 << 32
 _SELF_OFFSET = PAGE_BYTES - _CHECKSUM.size
 _WHOLE_OFFSET = _SELF_OFFSET - _CHECKSUM.size
 
@@ -123,6 +126,45 @@ def verify(header: memoryview, payload: memoryview, fmt: RecordFormat, info: Chu
     stored = check_header(header, fmt, info)
     check_payload(payload[: stored.payload_bytes], fmt, stored)
     return stored
+
+
+def check_structure(page: bytes, read: Callable[[int], bytes], what: str) -> int:
+    """Verify the checksums of any record, whatever it holds; return the bytes that it takes up.
+
+    Parameters
+    ----------
+    page : bytes
+        The header page.
+    read : callable
+        Returns so many of the bytes that follow.
+    what : str
+        Names the record in an error.
+
+    Raises
+    ------
+    CorruptChunk
+        It is damaged, or none.
+    """
+    found = _FIELDS.unpack_from(_check_page(memoryview(page), what))
+    magic, version, *_ = found
+    heads, tokens, key_dim, value_dim = (int(number) for number in found[4:8])
+    payload_bytes, itemsize = int(found[12]), ITEM_BYTES.get(int(found[3]), 0)
+    slot_bytes = round_up(heads * tokens * (key_dim + value_dim) * itemsize)
+    is_known = magic == MAGIC and version in (FORMAT_VERSION, SEALED_VERSION)
+    if not is_known or not payload_bytes <= slot_bytes <= _MOST_SLOT_BYTES:
+        raise CorruptChunk(
+            f"{what}: magic {magic!r}, format version {version!r}, {payload_bytes} of {slot_bytes} "
+            "bytes are no record"
+        )
+    payload = memoryview(read(slot_bytes))[:payload_bytes]
+    [whole] = _CHECKSUM.unpack_from(page, _WHOLE_OFFSET)
+    own = xxhash.xxh3_64_intdigest(payload)
+    if len(payload) < payload_bytes or own != whole:
+        raise CorruptChunk(
+            f"{what}: the checksum of {len(payload)} of {payload_bytes} bytes is {own:016x}, the "
+            f"record says {whole:016x}"
+        )
+    return PAGE_BYTES + slot_bytes
 
 
 def _check_page(header: memoryview, what: str) -> memoryview:

@@ -1,4 +1,4 @@
-"""The key of a root: 32 random bytes that seal everything, kept sealed with the caller's key.
+"""The key of a folder: 32 random bytes that seal everything, kept sealed with the caller's key.
 
 Whoever changes the caller's key need not write the sessions again; whoever removes the file has
 made them unreadable, copies of them included.
@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,62 +19,73 @@ from offload.sessions.paths import RootPaths, sync_folder
 from offload.tiers.sealing import KEY_BYTES, Sealer
 from offload.tiers.syscalls import as_storage_error
 
+KEY_FILE = "key.json"
 VERSION = 1
 _KDF = "hkdf-sha256"
 _PURPOSE = "root"
 
 
-def open_key(paths: RootPaths, key: bytes | None) -> Sealer | None:
-    """Return what seals the content of a root; None if nothing does.
-
-    A new root that is opened with a key gets its own.
+def open_key(folder: Path, key: bytes | None, is_new: Callable[[], bool]) -> Sealer | None:
+    """Return what seals the content of a folder; None if nothing does.
 
     Parameters
     ----------
-    paths : RootPaths
-        Of folders that are there.
+    folder : Path
+        That is there; one that is new and opened with a key gets its own.
     key : bytes or None
         Of the caller, ``KEY_BYTES``.
+    is_new : callable
+        Whether there is nothing in the folder yet that would have to be sealed.
 
     Raises
     ------
     ConfigError
-        The root is sealed and the key is missing or another one, or it is not sealed and there is
-        a key. Nothing is damaged then.
+        The content is sealed and the key is missing or another one, or it is not sealed and there
+        is a key. Nothing is damaged then.
     DiskFull, StorageError
     """
+    path = folder / KEY_FILE
     if key is None:
-        if paths.key.exists():
-            raise ConfigError(f"{paths.root} is encrypted: open it with its key")
+        if path.exists():
+            raise ConfigError(f"{folder} is encrypted: open it with its key")
         return None
     master = Sealer(key)
-    if not paths.key.exists():
-        if paths.catalog.exists() or next(paths.data_files(), None) is not None:
+    if not path.exists():
+        if not is_new():
             raise ConfigError(
-                f"{paths.root} has no {paths.key.name}: it was made without a key, and what is in "
-                "it is not encrypted, or the file was removed, and what is in it is lost"
+                f"{folder} has no {KEY_FILE}: it was made without a key, and what is in it is not "
+                "encrypted, or the file was removed, and what is in it is lost"
             )
-        _write(paths.key, _wrapped(master, secrets.token_bytes(KEY_BYTES)), replace=False)
-    return Sealer(_unwrapped(paths.key, master))
+        _write(path, _wrapped(master, secrets.token_bytes(KEY_BYTES)), replace=False)
+    return Sealer(_unwrapped(path, master))
 
 
-def rotate_key(paths: RootPaths, old: bytes, new: bytes) -> None:
-    """Seal the key of a root with another key of the caller; nothing else is written.
+def open_root_key(paths: RootPaths, key: bytes | None) -> Sealer | None:
+    """Do as ``open_key`` for the root of a session store."""
 
-    Who has the root open goes on. Whoever has had the old key and a copy of the old file can still
+    def is_new() -> bool:
+        return not paths.catalog.exists() and next(paths.data_files(), None) is None
+
+    return open_key(paths.root, key, is_new)
+
+
+def rotate_key(folder: Path, old: bytes, new: bytes) -> None:
+    """Seal the key of a folder with another key of the caller; nothing else is written.
+
+    Who has it open goes on. Whoever has had the old key and a copy of the old file can still
     read: after a theft, import the sessions to a new root.
 
     Raises
     ------
     ConfigError
-        The root is not sealed, or not with the old key.
+        The folder is not sealed, or not with the old key.
     DiskFull, StorageError
         The old key is still the one.
     """
-    master = Sealer(new)
-    if not paths.key.exists():
-        raise ConfigError(f"{paths.root} has no {paths.key.name}, and no key that could be changed")
-    _write(paths.key, _wrapped(master, _unwrapped(paths.key, Sealer(old))), replace=True)
+    path, master = folder / KEY_FILE, Sealer(new)
+    if not path.exists():
+        raise ConfigError(f"{folder} has no {KEY_FILE}, and no key that could be changed")
+    _write(path, _wrapped(master, _unwrapped(path, Sealer(old))), replace=True)
 
 
 def _wrapped(master: Sealer, data_key: bytes) -> bytes:

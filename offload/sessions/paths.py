@@ -73,11 +73,6 @@ class RootPaths:
         return self.root / "quarantine"
 
     @property
-    def key(self) -> Path:
-        """The key that seals everything, itself sealed; of roots that are."""
-        return self.root / "key.json"
-
-    @property
     def rebuild_lock(self) -> Path:
         """Locked by whoever replaces the catalog, and, shared, by whoever uses it."""
         return self.root / "lock"

@@ -21,7 +21,7 @@ from offload.sessions.catalog import (
 )
 from offload.sessions.checking import is_damage
 from offload.sessions.garbage import collect, write_used_bytes
-from offload.sessions.key_file import open_key
+from offload.sessions.key_file import open_root_key
 from offload.sessions.namespace import layout_text
 from offload.sessions.owners import is_alive
 from offload.sessions.paths import RootPaths, allocated_bytes, is_temporary, remove
@@ -101,7 +101,7 @@ def rebuild(
     paths.make()
     lock_fd = lock_root(paths, exclusive=True)
     try:
-        sealer = open_key(paths, key)
+        sealer = open_root_key(paths, key)
         files = _read_sessions(paths, sealer, report, progress)
         settings = _settings(paths.catalog) or _settings(paths.new_catalog)
         remove_catalog(paths.new_catalog)
@@ -109,8 +109,8 @@ def rebuild(
             Catalog(paths.new_catalog, "relaxed", is_sealed=sealer is not None)
         ) as catalog:
             with catalog.transaction() as db:
-                for key, value in settings.items():
-                    set_meta(db, key, value)
+                for setting, value in settings.items():
+                    set_meta(db, setting, value)
                 _fill(db, paths, files, report)
             _remove_unneeded(catalog, paths, report)
             collect(catalog, paths)

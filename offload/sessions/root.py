@@ -9,7 +9,7 @@ from pathlib import Path
 from offload.errors import ConfigError, SessionInUse, SessionNotFound, StorageError
 from offload.sessions.catalog import Catalog, remove_catalog
 from offload.sessions.garbage import collect, try_collect
-from offload.sessions.key_file import open_key
+from offload.sessions.key_file import open_root_key
 from offload.sessions.leases import bury_dead_owners, drop_lease, remove_stale_locks
 from offload.sessions.ledger import Ledger
 from offload.sessions.owners import OwnerLock
@@ -75,7 +75,7 @@ class Root:
         self._lock_fd = lock_root(self.paths, exclusive=False)
         try:
             is_new = next(self.paths.data_files(), None) is None
-            self.sealer = open_key(self.paths, key)
+            self.sealer = open_root_key(self.paths, key)
             self.catalog = Catalog(
                 self.paths.catalog,
                 durability,
