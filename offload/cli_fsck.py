@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     StorageError, TransferTimeout
         It cannot be told: the device does not answer.
     """
-    root, rebuilt, key = existing_root(args.root), None, key_of(args)
+    root, rebuilt = existing_root(args.root), None
+    key = key_of(args, root)
     if key is None and (root / KEY_FILE).exists():
         return _check_structure(root, args)
     if args.rebuild:

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     _refuse_impossible(args)
     root = args.root if args.makes_root else existing_root(args.root)
     limits = {"quota": args.quota, "min_free": args.min_free}
-    with SessionStore(root, **limits, key=key_of(args)) as store:
+    with SessionStore(root, **limits, key=key_of(args, root)) as store:
         act: _Action = args.act
         return act(store, args)
 

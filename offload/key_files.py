@@ -7,7 +7,10 @@ import secrets
 from pathlib import Path
 
 from offload.errors import ConfigError
-from offload.tiers.sealing import KEY_BYTES
+from offload.tiers.sealing import KEY_BYTES, Sealer
+
+TENANTS = "tenants"
+"""Below the data path of the daemon: a folder for each, with the root of its sessions."""
 
 _OPEN_MODE = 0o077
 _MOST_BYTES = 1024
@@ -63,6 +66,11 @@ def make_key_file(path: Path) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise ConfigError(f"cannot make {path}: {error.strerror or error}") from error
+
+
+def tenant_key(sealer: Sealer, folder: Path) -> bytes:
+    """Return the key of a tenant of the daemon, whose folder below the data path this is."""
+    return sealer.derive("tenant", folder.name.encode())
 
 
 def _decoded(text: bytes) -> bytes | None:

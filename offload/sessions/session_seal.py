@@ -65,13 +65,13 @@ def open_sealed(content: bytes, path: Path, sealer: Sealer | None) -> bytes:
     ConfigError
         It is sealed, and there is no sealer.
     """
-    version = check_blob(content, path)
-    if version != SEALED_VERSION:
+    if _version(content, path) != SEALED_VERSION:
         if sealer is not None:
             raise CorruptChunk(f"{path} is not sealed, where every session is")
         return content  # whoever unpacks it says what else it may be
     if sealer is None:
         raise ConfigError(f"{path} is encrypted; it takes the key to read it")
+    check_blob(content, path)
     opened = sealer.open(_PURPOSE, content[PAGE_BYTES:], _context(content, path.stem), str(path))
     _, _, *sizes = _START.unpack_from(content)
     if len(opened) != sum(sizes):
@@ -85,27 +85,30 @@ def open_sealed(content: bytes, path: Path, sealer: Sealer | None) -> bytes:
     return bytes(page) + opened
 
 
-def check_blob(content: bytes, path: Path) -> int:
-    """Verify the checksums of a sealed file, which takes no key, and return the file's version.
+def check_blob(content: bytes, path: Path) -> None:
+    """Verify the checksums of a file, which takes no key.
 
     Raises
     ------
     CorruptChunk
-        The file is damaged. Of one that is not sealed, only the header is looked at.
+        It is damaged. Of one that is not sealed, only the header is looked at.
     """
+    if _version(content, path) == SEALED_VERSION:
+        stored, _ = _DIGESTS.unpack_from(content, _START.size)
+        found = xxhash.xxh3_64_intdigest(content[PAGE_BYTES:])
+        if found != stored:
+            raise CorruptChunk(f"{path}: checksum of the content is {found:x}, stored {stored:x}")
+
+
+def _version(content: bytes, path: Path) -> int:
+    """Return the version that a sound header page says."""
     if len(content) < PAGE_BYTES:
         raise CorruptChunk(f"{path} ends inside its header, after {len(content)} bytes")
     [own] = _OWN.unpack_from(content, _OWN_OFFSET)
     found = xxhash.xxh3_64_intdigest(content[:_OWN_OFFSET])
     if own != found:
         raise CorruptChunk(f"{path}: header checksum is {found:x}, stored {own:x}")
-    _, version, *_ = _START.unpack_from(content)
-    if version == SEALED_VERSION:
-        stored, _ = _DIGESTS.unpack_from(content, _START.size)
-        found = xxhash.xxh3_64_intdigest(content[PAGE_BYTES:])
-        if found != stored:
-            raise CorruptChunk(f"{path}: checksum of the content is {found:x}, stored {stored:x}")
-    return int(version)
+    return int(_START.unpack_from(content)[1])
 
 
 def _context(page: bytes | bytearray, identity: str) -> bytes:

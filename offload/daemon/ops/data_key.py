@@ -4,11 +4,11 @@ from pathlib import Path
 
 from offload.daemon.ops.config_sections import EncryptionSection
 from offload.errors import ConfigError
-from offload.key_files import read_key_file
+from offload.key_files import TENANTS, read_key_file
 from offload.sessions.key_file import open_key
 from offload.tiers.sealing import Sealer
 
-_CONTENT = ("tenants", "http.sqlite3")
+_CONTENT = (TENANTS, "http.sqlite3")
 
 
 def open_data_key(section: EncryptionSection, data_path: Path) -> Sealer | None:

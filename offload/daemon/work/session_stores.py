@@ -12,6 +12,7 @@ from typing import Any
 
 from offload.daemon.work.session_book import Realm
 from offload.errors import ConfigError, StorageError
+from offload.key_files import TENANTS, tenant_key
 from offload.sessions.store import SessionStore
 from offload.tiers.sealing import Sealer
 
@@ -51,7 +52,7 @@ class SessionStores:
         min_free_bytes: int,
         sealer: Sealer | None = None,
     ) -> None:
-        self._tenants = path / "tenants"
+        self._tenants = path / TENANTS
         try:
             for folder in (path, self._tenants):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -172,7 +173,7 @@ class SessionStores:
 
     def _key(self, folder: Path) -> bytes | None:
         """Return the key of the tenant whose folder this is."""
-        return None if self._sealer is None else self._sealer.derive("tenant", folder.name.encode())
+        return None if self._sealer is None else tenant_key(self._sealer, folder)
 
     def _derive(self, *parts: str) -> str:
         # Lengths are part of it, so that no two lists of parts read alike.
