@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from offload.errors import StorageError
 from offload.tiers.codecs import Codec
 from offload.tiers.io_plan import Extent, Operation, join_pieces, plan_io
+from offload.tiers.pool import page_aligned
 from offload.tiers.read_meter import ReadMeter
 from offload.tiers.record import RecordFormat, Stored, raw_record
 from offload.tiers.record_codec import decode_record, encode_record
@@ -85,6 +87,7 @@ class RecordIo:
         self._pwritev = pwritev
         self._choose = choose
         self._keeps_written = keeps_written
+        self._rooms = threading.local()
 
     def plan(self, places: Sequence[Place], num_threads: int) -> list[Operation]:
         """Join records into operations."""
@@ -168,8 +171,9 @@ class RecordIo:
         headers = pages(scratch, len(op.members))
         pieces: list[tuple[int, memoryview]] = []
         learnt: KnownHeaders = {}
-        for member, place, header in zip(op.members, self._places(op), headers, strict=True):
-            stored, payload = self._encode(infos[member], src[member], place)
+        for number, (member, place) in enumerate(zip(op.members, self._places(op), strict=True)):
+            header = headers[number]
+            stored, payload = self._encode(infos[member], src[member], place, number)
             header[:] = pack_header(self.fmt, stored)
             start = self.start_of(place)
             pieces += [(start, header), (start + PAGE_BYTES, payload)]
@@ -222,17 +226,32 @@ class RecordIo:
         first = op.offset // self.fmt.record_bytes
         return [(op.segment, first + number) for number in range(len(op.members))]
 
-    def _encode(self, info: ChunkInfo, source: Tensor, place: Place) -> tuple[Stored, memoryview]:
-        """Return what the header is to say, and the payload in whole pages."""
+    def _encode(
+        self, info: ChunkInfo, source: Tensor, place: Place, number: int
+    ) -> tuple[Stored, memoryview]:
+        """Return what the header is to say, and the payload in whole pages.
+
+        That of a sealed record is good until this thread writes another with its number.
+        """
         codec = None if self._choose is None else self._choose(info)
         coded = None if codec is None else encode_record(self.fmt, info, source, codec)
         payload = view(source)
         if self.fmt.sealer is not None:
             stored, units = coded or (raw_units(self.fmt, info), payload)
-            return seal_record(self.fmt, stored, units, self.where(place))
+            return seal_record(self.fmt, stored, units, self.where(place), self._room(number))
         if coded is not None:
             return coded
         return raw_record(self.fmt, info, payload[: self.fmt.payload_bytes]), payload
+
+    def _room(self, number: int) -> memoryview:
+        """Return memory of this thread for a sealed slot.
+
+        It is kept, ``MAX_OP_BYTES`` at most: to fault in new pages takes longer than to seal them.
+        """
+        rooms: list[memoryview] = self._rooms.__dict__.setdefault("rooms", [])
+        while len(rooms) <= number:
+            rooms.append(view(page_aligned(self.fmt.layout.slot_bytes)))
+        return rooms[number]
 
 
 def pages(memory: memoryview, n: int) -> list[memoryview]:

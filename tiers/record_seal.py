@@ -13,7 +13,6 @@ from itertools import pairwise
 import xxhash
 
 from offload.errors import CorruptChunk
-from offload.tiers.pool import page_aligned
 from offload.tiers.record import (
     RecordFormat,
     Seal,
@@ -38,7 +37,7 @@ def raw_units(fmt: RecordFormat, info: ChunkInfo) -> Stored:
 
 
 def seal_record(
-    fmt: RecordFormat, stored: Stored, payload: memoryview, where: bytes
+    fmt: RecordFormat, stored: Stored, payload: memoryview, where: bytes, room: memoryview
 ) -> tuple[Stored, memoryview]:
     """Seal the units of a record.
 
@@ -52,18 +51,20 @@ def seal_record(
         The units; left as they are.
     where : bytes
         File and index: the record opens nowhere else.
+    room : memoryview
+        Of ``slot_bytes``, page-aligned; whatever is in it is overwritten as far as it is returned.
 
     Returns
     -------
     tuple of Stored and memoryview
-        What the header is to say, and the sealed units, padded to whole pages and page-aligned.
+        What the header is to say, and the sealed units in ``room``, padded to whole pages.
     """
     assert fmt.sealer is not None
     salt = secrets.token_bytes(SALT_BYTES)
     box, starts = fmt.sealer.box(_PURPOSE, salt), stored.starts
     context = _context(fmt, replace(stored, seal=Seal(salt, b"")), where)
-    sealed = page_aligned(round_up(starts[-1])).numpy().data
-    sealed[starts[-1] :] = bytes(len(sealed) - starts[-1])  # memory of somebody's plain text
+    sealed = room[: round_up(starts[-1])]
+    sealed[starts[-1] :] = bytes(len(sealed) - starts[-1])
     tags = []
     for number, (start, end) in enumerate(pairwise(starts)):
         unit = memoryview(box.seal(number, payload[start:end], context))
