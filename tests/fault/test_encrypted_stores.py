@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
+from torch import Tensor
 
 from offload.errors import ConfigError, CorruptChunk
 from offload.sessions.key_file import KEY_FILE, rotate_key
@@ -68,7 +68,7 @@ def data_of(root: Path) -> dict[Path, bytes]:
     }
 
 
-def prefix_tokens(store: SessionStore, token_ids: np.ndarray) -> int:
+def prefix_tokens(store: SessionStore, token_ids: Tensor) -> int:
     """Return how many tokens of a prompt the store has chunks for."""
     namespace = make_session_namespace()
     found = store.find_prefix(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from tests.support.small_caches import draw_ids
 
 KEY = bytes(range(32))
 SIZE = 8
+
+Options = dict[str, Any]
 DOCUMENT = [3 + i * 31 % 90 for i in range(100)]
 
 
@@ -62,7 +65,7 @@ def test_cache_whose_disk_is_encrypted_generates_the_same_tokens(
     architecture: str, codec: str, tmp_path: Path
 ) -> None:
     model, ids = make_model(architecture), prompt(1, 70)
-    options = {"capacity": tight_capacity(model, 1, SIZE), "chunk_tokens": SIZE}
+    options: Options = {"capacity": tight_capacity(model, 1, SIZE), "chunk_tokens": SIZE}
     outcomes = []
     for encrypted in (False, True):
         with OffloadedCache(
@@ -78,7 +81,7 @@ def test_cache_whose_disk_is_encrypted_generates_the_same_tokens(
 
 def test_prefix_of_an_encrypted_store_is_reused(store: SessionStore, tmp_path: Path) -> None:
     model, ids = make_model("llama"), prompt(1, 70)
-    options = {"capacity": tight_capacity(model, 1, SIZE), "chunk_tokens": SIZE}
+    options: Options = {"capacity": tight_capacity(model, 1, SIZE), "chunk_tokens": SIZE}
     tiers = ("gpu", "cpu", "disk")
     with OffloadedCache(tiers, disk_path=tmp_path / "a", **options) as cache:
         expected = generate(model, cache, inputs=ids).tokens[0]
