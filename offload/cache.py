@@ -65,6 +65,9 @@ class OffloadedCache(Cache):
         the user's cache folder.
     remote_url : str, optional
         Where the tier ``"remote"`` writes, such as ``"s3://bucket/prefix"`` (``docs/remote.md``).
+    encrypted : bool
+        Encrypt what the disk tier writes, with a key of this process that is written nowhere
+        (``docs/encryption.md``). A cache that is loaded from an encrypted store always does.
     chunk_tokens : int
         Tokens per chunk, the unit that moves between tiers.
     config : PreTrainedConfig, optional
@@ -89,13 +92,13 @@ class OffloadedCache(Cache):
         capacity: Mapping[str, int | str] | None = None,
         disk_path: str | Path | Sequence[str | Path] | None = None,
         remote_url: str | None = None,
+        encrypted: bool = False,
         chunk_tokens: int = 64,
         config: Any = None,
     ) -> None:
         preset = customised(policy, budget=budget, error=error, max_wait_us=max_wait_us)
-        settings = check_settings(
-            tiers, preset, capacity, disk_path, chunk_tokens, codec, placement, remote_url
-        )
+        how = (codec, placement, remote_url, encrypted)
+        settings = check_settings(tiers, preset, capacity, disk_path, chunk_tokens, *how)
         self._adopt(CacheCore(settings), [])
         if config is not None:
             try:
@@ -280,6 +283,7 @@ class OffloadedCache(Cache):
         opened, owns, file, held = resume.open_session(store, name, model, weights_id)
         try:
             tokens = file.layout.chunk_tokens
+            options["encrypted"] = options.get("encrypted", False) or opened.is_encrypted
             cache = cls(tiers, chunk_tokens=tokens, config=model.config, **options)
         except BaseException:
             held.release()

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from offload.cli_daemon import add_config_options, import_daemon, options_of
 from offload.errors import ConfigError
+from offload.key_files import make_key_file, read_key_file
+from offload.sessions.key_file import rotate_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +40,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     key.add_argument("name", metavar="NAME", help="tenant, or tenant/which")
     key.add_argument("--admin", action="store_true", help="may see the status page, of all tenants")
     key.add_argument("--file", type=Path, metavar="FILE", help="append the line to it")
+    secret = add("encryption-key", _encryption_key, "make a key that encrypts, in a new file")
+    secret.add_argument("file", type=Path, metavar="FILE")
+    text = "change the key of an encrypted store, or of the daemon's data"
+    rotate = add("rotate-encryption-key", _rotate, text)
+    rotate.add_argument("folder", type=Path, metavar="DIR", help="the root, or the data path")
+    rotate.add_argument("--key-file", type=Path, metavar="FILE", required=True, help="the old key")
+    rotate.add_argument("--new-key-file", type=Path, metavar="FILE", required=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,4 +115,16 @@ def _key(args: argparse.Namespace) -> int:
     else:
         print(f"line for the file of keys:\n{line}\nthe key, shown only now:", file=sys.stderr)
     print(key)
+    return 0
+
+
+def _encryption_key(args: argparse.Namespace) -> int:
+    make_key_file(args.file)
+    print(f"{args.file}: a new key; without it, what is encrypted with it is lost")
+    return 0
+
+
+def _rotate(args: argparse.Namespace) -> int:
+    rotate_key(args.folder, read_key_file(args.key_file), read_key_file(args.new_key_file))
+    print(f"{args.folder} opens with {args.new_key_file} from now on, and with nothing else")
     return 0

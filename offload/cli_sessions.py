@@ -11,7 +11,7 @@ from typing import Final
 from offload.cli_client import add_client_options
 from offload.cli_progress import count_progress
 from offload.cli_sessions_daemon import ONLY_DAEMON, add_daemon_actions, run_on_daemon
-from offload.cli_store import add_store_options, existing_root, print_result
+from offload.cli_store import add_store_options, existing_root, key_of, print_result
 from offload.config import format_size
 from offload.errors import ConfigError, CorruptChunk
 from offload.fsck_report import records_table, report_data, verdict
@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
         return run_on_daemon(args)
     _refuse_impossible(args)
     root = args.root if args.makes_root else existing_root(args.root)
-    with SessionStore(root, quota=args.quota, min_free=args.min_free) as store:
+    limits = {"quota": args.quota, "min_free": args.min_free}
+    with SessionStore(root, **limits, key=key_of(args, root)) as store:
         act: _Action = args.act
         return act(store, args)
 

@@ -9,6 +9,8 @@ from typing import Any, Final
 from rich.console import Console, RenderableType
 
 from offload.errors import ConfigError
+from offload.key_files import TENANTS, read_key_file, tenant_key
+from offload.sessions.key_file import KEY_FILE, open_key
 from offload.sessions.paths import RootPaths, default_root
 
 _WIDTH_OF_A_PIPE: Final = 500
@@ -19,7 +21,34 @@ def add_store_options(parser: argparse.ArgumentParser) -> None:
     """Add which root, and JSON."""
     text = "the session store (default: 'sessions' in the user's cache folder)"
     parser.add_argument("--root", type=Path, metavar="DIR", help=text)
+    add_key_option(parser)
     add_json_option(parser)
+
+
+def add_key_option(parser: argparse.ArgumentParser) -> None:
+    """Add the key of an encrypted store."""
+    text = "the key of a store that is encrypted"
+    parser.add_argument("--key-file", type=Path, metavar="FILE", help=text)
+
+
+def key_of(args: argparse.Namespace, root: Path | None) -> bytes | None:
+    """Return the key of a root, given the key file that was named; None if there was none.
+
+    Of a tenant of the daemon, whose root has a key of its own, it takes the daemon's.
+
+    Raises
+    ------
+    ConfigError
+        The file holds no key, others may read it, or it is not that of the daemon's data.
+    """
+    key = None if args.key_file is None else read_key_file(args.key_file)
+    if key is None or root is None or len(root.parents) < 3:
+        return key
+    tenant, tenants, data_path = root.parents[:3]
+    if tenants.name != TENANTS or not (data_path / KEY_FILE).exists():
+        return key
+    sealer = open_key(data_path, key, lambda: False)
+    return key if sealer is None else tenant_key(sealer, tenant)
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:

@@ -362,6 +362,7 @@ class Engine:
             layout=self.layout,
             deadline_s=config.deadline_s,
             choose_codec=self._importance or self._codecs,
+            sealer=config.sealer,
         )
         tier = self.disk if config.faults is None else FaultyTier(self.disk, config.faults)
         return tier if config.remote_url is None else open_below(tier, config, self.layout)

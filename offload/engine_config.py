@@ -6,6 +6,7 @@ from offload.placement import FIRST
 from offload.presets import Preset
 from offload.tiers.faults import FaultPlan
 from offload.tiers.scratch import ScratchDir
+from offload.tiers.sealing import Sealer
 
 AUTO = "auto"
 """A codec: whatever the model of the pipeline says."""
@@ -31,6 +32,8 @@ class EngineConfig:
         On further disks, among which a preset that attends beside them divides the heads.
     remote_url : str or None
         Of the object store that takes what the disk has no room for.
+    sealer : Sealer or None
+        Encrypts what the disk tier writes.
     deadline_s : float
         Longest wait for one transfer.
     faults : FaultPlan or None
@@ -51,6 +54,7 @@ class EngineConfig:
     placement: str = FIRST
     more_scratch: tuple[ScratchDir, ...] = ()
     remote_url: str | None = None
+    sealer: Sealer | None = None
 
     def close_scratch(self) -> None:
         """Remove the folders of the disk tier."""

@@ -268,7 +268,7 @@ def _copies(
         slot = engine.store.table[chunk].slots.get(disk)
         if slot is not None and engine.disk.is_own(slot):
             path, index = saved.held.place(ref, number)
-            [slot] = engine.disk.adopt(path, saved.held.fingerprint, [index])
+            [slot] = engine.disk.adopt(path, saved.held.fingerprint, [index], saved.held.sealer)
             yield chunk, ChunkInfo(record_id(ref.key), layer, position * size), slot
 
 
@@ -291,7 +291,7 @@ def _adopt_layer(
                     engine.store.table.share([known])
                 else:
                     path, index = held.place(ref, number)
-                    [slot] = engine.disk.adopt(path, held.fingerprint, [index])
+                    [slot] = engine.disk.adopt(path, held.fingerprint, [index], held.sealer)
                     info = ChunkInfo(record_id(ref.key), layer, position * size)
                     known = engine.store.adopt(info, slot)
                 chunks[ref] = known

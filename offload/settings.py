@@ -16,6 +16,7 @@ from offload.placement import FIRST, check_placement
 from offload.presets import Preset, customised
 from offload.tiers.codec_ladder import find_codec
 from offload.tiers.scratch import ScratchDir, default_parent
+from offload.tiers.sealing import Sealer
 
 TIERS = ("gpu", "cpu", "disk", "remote")
 
@@ -35,6 +36,7 @@ class CacheOptions(TypedDict, total=False):
     capacity: Mapping[str, int | str] | None
     disk_path: str | Path | Sequence[str | Path] | None
     remote_url: str | None
+    encrypted: bool
 
 
 def check_tiers(tiers: object) -> tuple[str, ...]:
@@ -155,6 +157,21 @@ def check_remote(remote_url: object, tiers: Sequence[str]) -> None:
     Bucket(remote_url).close()
 
 
+def check_encrypted(preset: Preset, tiers: Sequence[str]) -> None:
+    """Raise ConfigError if something would be written that is not encrypted."""
+    if "disk" not in tiers:
+        raise ConfigError(f"encrypted=True is for the tier 'disk'; tiers: {list(tiers)}")
+    if "remote" in tiers:
+        raise ConfigError("encrypted=True does not reach the tier 'remote'; leave out one of them")
+    if preset.near is not None:
+        raise ConfigError(
+            f"policy {preset.name!r} attends beside the disk, whose workers read plain records: "
+            "not with encrypted=True"
+        )
+    if preset.sparse is not None and preset.sparse.index and preset.sparse.abstracts == "disk":
+        raise ConfigError("abstracts='disk' maps plain files into memory: not with encrypted=True")
+
+
 def check_settings(
     tiers: object,
     policy: str | Preset,
@@ -164,6 +181,7 @@ def check_settings(
     codec: str = "raw",
     placement: str = FIRST,
     remote_url: str | None = None,
+    encrypted: bool = False,
 ) -> EngineConfig:
     """Turn the arguments of ``OffloadedCache`` into an engine's configuration.
 
@@ -185,6 +203,9 @@ def check_settings(
     check_codec(codec, names, placement)
     check_near(preset, names, codec)
     check_remote(remote_url, names)
+    if encrypted:
+        check_encrypted(preset, names)
+    sealer = Sealer.of_this_process() if encrypted else None
     capacities = check_capacity(names, capacity, paths[0])
     scratches = [ScratchDir(path) for path in paths] if "disk" in names else [None]
     return EngineConfig(
@@ -196,4 +217,5 @@ def check_settings(
         placement=placement,
         more_scratch=tuple(scratch for scratch in scratches[1:] if scratch is not None),
         remote_url=remote_url,
+        sealer=sealer,
     )

@@ -23,6 +23,7 @@ from offload.tiers.record_io import ChooseCodec, KnownHeaders, Place, RecordIo
 from offload.tiers.record_part import Part
 from offload.tiers.record_parts import first_parts, plan_parts, read_parts
 from offload.tiers.requests import check_buffers, describe, no_record
+from offload.tiers.sealing import Sealer
 from offload.tiers.segment import SegmentTable, locate, slot_at
 from offload.tiers.segment_files import SegmentFiles
 from offload.tiers.syscalls import VectoredCall
@@ -62,9 +63,10 @@ class DiskTier(Tier):
     deadline_s : float
         Longest wait for room in the I/O queue, and for transfers in flight at ``close``.
     choose_codec : callable, optional
-        How each chunk is encoded when it is written. What is encoded is read in fewer bytes, and
-        takes as much of the capacity as if it were not, because only the file system knows how much
-        room it leaves. By default every chunk is raw.
+        How each chunk is encoded when it is written, by default not at all. It takes as much of
+        the capacity either way, because only the file system knows how much room is left.
+    sealer : Sealer, optional
+        Encrypts every record; parts are then read in units of 64 tokens.
     preadv, pwritev : callable
         The system calls; replaceable to see what a failing disk does.
 
@@ -87,10 +89,11 @@ class DiskTier(Tier):
         segment_bytes: int = 1 << 30,
         deadline_s: float = 60.0,
         choose_codec: ChooseCodec | None = None,
+        sealer: Sealer | None = None,
         preadv: VectoredCall = os.preadv,
         pwritev: VectoredCall = os.pwritev,
     ) -> None:
-        fmt = RecordFormat(layout, fingerprint)
+        fmt = RecordFormat(layout, fingerprint, sealer)
         self.capacity_bytes = capacity_bytes
         self.layout = layout
         self.slot_bytes = layout.slot_bytes
@@ -167,7 +170,13 @@ class DiskTier(Tier):
             for segment in freed.dead_segments:
                 self._files.unlink(segment)
 
-    def adopt(self, path: Path, fingerprint: bytes, indexes: Sequence[int]) -> list[SlotId]:
+    def adopt(
+        self,
+        path: Path,
+        fingerprint: bytes,
+        indexes: Sequence[int],
+        sealer: Sealer | None = None,
+    ) -> list[SlotId]:
         """Return slots for records of a file of somebody else, to be read until they are freed.
 
         Parameters
@@ -178,10 +187,11 @@ class DiskTier(Tier):
             What these records carry.
         indexes : sequence of int
             Record *i* starts at byte ``i * record_bytes``.
+        sealer : Sealer, optional
         """
         with self._lock:
             self._check_open()
-            fmt = RecordFormat(self.layout, fingerprint)
+            fmt = RecordFormat(self.layout, fingerprint, sealer)
             number = self._adopted.number_of(
                 path,
                 self._table.reserve_number,
@@ -271,10 +281,7 @@ class DiskTier(Tier):
             for slot, info, first, at in zip(slots, infos, firsts, out, strict=True)
         ]
         jobs: list[Job] = [
-            self._read_job(
-                [part.place for part in job],
-                partial(read_parts, job),
-            )
+            self._read_job([part.place for part in job], partial(read_parts, job))
             for job in plan_parts(wanted, num_bytes, self._engine.num_threads, self._min_parts)
         ]
         return self._start_read("read of parts", slots, infos, num_bytes, jobs, urgent=urgent)

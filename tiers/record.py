@@ -15,6 +15,7 @@ import xxhash
 
 from offload.errors import ConfigError, CorruptChunk
 from offload.tiers.codecs import Unit
+from offload.tiers.sealing import Sealer
 from offload.types import PAGE_BYTES, ChunkInfo, ChunkLayout
 
 FINGERPRINT_BYTES = 16
@@ -22,6 +23,8 @@ MAX_UNITS = 500
 """Of a raw record: their checksums fill the header page."""
 MAX_CODED_UNITS = 333
 """Of an encoded record: they have lengths, too."""
+MAX_SEALED_UNITS = 141
+"""Of a sealed record: they have tags, too."""
 
 _CODED_TOKENS = 64
 """Tokens of an encoded unit, where a chunk is a multiple of that: few enough that reading a leaf of
@@ -37,6 +40,9 @@ _DTYPE_CODES = {
     torch.int8: 7,
     torch.uint8: 8,
 }
+ITEM_BYTES = {code: dtype.itemsize for dtype, code in _DTYPE_CODES.items()}
+"""Of an element, by the code of its dtype in a header."""
+
 Starts = Sequence[int]
 
 
@@ -49,6 +55,9 @@ class RecordFormat:
     layout : ChunkLayout
     fingerprint : bytes
         Identity of the model, at most 16 bytes; shorter ones are padded with zeros.
+    sealer : Sealer, optional
+        Seals every record; one that is not sealed is corrupt then. Without it none is, and a sealed
+        one cannot be read.
 
     Attributes
     ----------
@@ -59,7 +68,7 @@ class RecordFormat:
     unit_tokens, units_per_head : int
         Of a raw record.
     coded_tokens : int
-        Tokens of a unit of an encoded record; 0 if this layout has too many for a header.
+        Tokens of a unit of an encoded or sealed record; 0 if this layout has too many for a header.
     payload_bytes : int
         Of a raw record, without padding; no record has more.
     record_bytes : int
@@ -76,6 +85,7 @@ class RecordFormat:
 
     layout: ChunkLayout
     fingerprint: bytes = b""
+    sealer: Sealer | None = field(default=None, repr=False, compare=False)
     # Kept, because every record that is read needs them.
     dtype_code: int = field(init=False)
     head_bytes: int = field(init=False)
@@ -93,6 +103,11 @@ class RecordFormat:
             raise ConfigError(
                 f"a record holds at most {MAX_UNITS} KV heads, not {layout.num_kv_heads}"
             )
+        if self.sealer is not None and layout.num_kv_heads > MAX_SEALED_UNITS:
+            raise ConfigError(
+                f"a sealed record holds at most {MAX_SEALED_UNITS} KV heads, "
+                f"not {layout.num_kv_heads}"
+            )
         if layout.dtype not in _DTYPE_CODES:
             raise ConfigError(f"chunks of dtype {layout.dtype} cannot be stored on disk")
         if len(self.fingerprint) > FINGERPRINT_BYTES:
@@ -108,7 +123,7 @@ class RecordFormat:
             "unit_bytes": tokens * row_bytes,
             "unit_tokens": tokens,
             "units_per_head": layout.chunk_tokens // tokens,
-            "coded_tokens": _coded_tokens(layout),
+            "coded_tokens": _coded_tokens(layout, self._most_coded_units),
             "payload_bytes": layout.chunk_bytes,
             "record_bytes": PAGE_BYTES + layout.slot_bytes,
             "starts": even_starts(num_units, tokens * row_bytes),
@@ -116,10 +131,30 @@ class RecordFormat:
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def _most_coded_units(self) -> int:
+        return MAX_CODED_UNITS if self.sealer is None else MAX_SEALED_UNITS
+
     def unit(self, num_tokens: int) -> Unit:
         """Return the shape of units of so many tokens."""
         layout = self.layout
         return Unit(num_tokens, layout.key_dim, layout.value_dim, layout.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What it takes, next to the key, to open the units of a record.
+
+    Attributes
+    ----------
+    salt : bytes
+        Random, of this record alone.
+    tags : bytes
+        One of each unit.
+    """
+
+    salt: bytes
+    tags: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +174,8 @@ class Stored:
     whole : int or None
         The xxh3_64 of the payload, one call instead of many for whoever reads all of it; records of
         version 1 have none.
+    seal : Seal or None
+        Of a sealed record; ``codec`` says what its units are once they are opened.
     """
 
     info: ChunkInfo
@@ -147,6 +184,7 @@ class Stored:
     checksums: "array[int]"
     starts: Starts
     whole: int | None
+    seal: Seal | None = None
 
     @property
     def payload_bytes(self) -> int:
@@ -255,8 +293,8 @@ def _page_tokens(layout: ChunkLayout) -> int:
     return layout.chunk_tokens
 
 
-def _coded_tokens(layout: ChunkLayout) -> int:
+def _coded_tokens(layout: ChunkLayout, most_units: int) -> int:
     tokens = _CODED_TOKENS if layout.chunk_tokens % _CODED_TOKENS == 0 else layout.chunk_tokens
-    if layout.num_kv_heads * layout.chunk_tokens > tokens * MAX_CODED_UNITS:
+    if layout.num_kv_heads * layout.chunk_tokens > tokens * most_units:
         tokens = layout.chunk_tokens
-    return tokens if layout.num_kv_heads <= MAX_CODED_UNITS else 0
+    return tokens if layout.num_kv_heads <= most_units else 0

@@ -2,17 +2,21 @@
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
 from offload.errors import StorageError
 from offload.tiers.codecs import Codec
 from offload.tiers.io_plan import Extent, Operation, join_pieces, plan_io
+from offload.tiers.pool import page_aligned
 from offload.tiers.read_meter import ReadMeter
 from offload.tiers.record import RecordFormat, Stored, raw_record
 from offload.tiers.record_codec import decode_record, encode_record
 from offload.tiers.record_header import pack_header, verify
+from offload.tiers.record_seal import open_units, raw_units, seal_record
 from offload.tiers.segment_files import SegmentFiles
 from offload.tiers.syscalls import VectoredCall, read_fully, supports_direct_io, write_fully
 from offload.types import PAGE_BYTES, ChunkInfo, round_up
@@ -83,6 +87,7 @@ class RecordIo:
         self._pwritev = pwritev
         self._choose = choose
         self._keeps_written = keeps_written
+        self._rooms = threading.local()
 
     def plan(self, places: Sequence[Place], num_threads: int) -> list[Operation]:
         """Join records into operations."""
@@ -134,8 +139,13 @@ class RecordIo:
         aligned = are_aligned(out[member] for member in op.members)
         self.on_file(op.segment, move, writing=False, is_aligned=aligned)
         self.meter.add(sum(len(piece) for _, piece in pieces), len(reads))
-        for member, header, payload in zip(op.members, headers, payloads, strict=True):
+        for member, place, header, payload in zip(
+            op.members, self._places(op), headers, payloads, strict=True
+        ):
             stored = verify(header, payload, self.fmt, infos[member])
+            if stored.seal:
+                units = [payload[start:end] for start, end in pairwise(stored.starts)]
+                open_units(self.fmt, stored, units, 0, self.where(place))
             if stored.codec:
                 decode_record(self.fmt, stored, payload, out[member], self.meter)
 
@@ -161,12 +171,13 @@ class RecordIo:
         headers = pages(scratch, len(op.members))
         pieces: list[tuple[int, memoryview]] = []
         learnt: KnownHeaders = {}
-        for member, place, header in zip(op.members, self._places(op), headers, strict=True):
-            stored, payload = self._encode(infos[member], src[member])
+        for number, (member, place) in enumerate(zip(op.members, self._places(op), strict=True)):
+            header = headers[number]
+            stored, payload = self._encode(infos[member], src[member], place, number)
             header[:] = pack_header(self.fmt, stored)
             start = self.start_of(place)
             pieces += [(start, header), (start + PAGE_BYTES, payload)]
-            if stored.codec or self._keeps_written:
+            if stored.codec or stored.seal or self._keeps_written:
                 learnt[place] = stored
         writes = join_pieces(pieces, _NO_SPILL)
 
@@ -187,6 +198,11 @@ class RecordIo:
         """Return what the header of a record said, if it was read and was that of this chunk."""
         stored = None if self.headers is None else self.headers.get(place)
         return None if stored is None or stored.info != info else stored
+
+    def where(self, place: Place) -> bytes:
+        """Return what a sealed record is bound to: its file, published or not, and its index."""
+        name = self._files.path(place[0]).name.partition(".")[0]
+        return f"record {place[1]} of {name}".encode()
 
     def on_file(
         self, segment: int, move: Callable[[int, str], None], *, writing: bool, is_aligned: bool
@@ -210,14 +226,32 @@ class RecordIo:
         first = op.offset // self.fmt.record_bytes
         return [(op.segment, first + number) for number in range(len(op.members))]
 
-    def _encode(self, info: ChunkInfo, source: Tensor) -> tuple[Stored, memoryview]:
-        """Return what the header is to say, and the payload in whole pages."""
+    def _encode(
+        self, info: ChunkInfo, source: Tensor, place: Place, number: int
+    ) -> tuple[Stored, memoryview]:
+        """Return what the header is to say, and the payload in whole pages.
+
+        That of a sealed record is good until this thread writes another with its number.
+        """
         codec = None if self._choose is None else self._choose(info)
         coded = None if codec is None else encode_record(self.fmt, info, source, codec)
+        payload = view(source)
+        if self.fmt.sealer is not None:
+            stored, units = coded or (raw_units(self.fmt, info), payload)
+            return seal_record(self.fmt, stored, units, self.where(place), self._room(number))
         if coded is not None:
             return coded
-        payload = view(source)
         return raw_record(self.fmt, info, payload[: self.fmt.payload_bytes]), payload
+
+    def _room(self, number: int) -> memoryview:
+        """Return memory of this thread for a sealed slot.
+
+        It is kept, ``MAX_OP_BYTES`` at most: to fault in new pages takes longer than to seal them.
+        """
+        rooms: list[memoryview] = self._rooms.__dict__.setdefault("rooms", [])
+        while len(rooms) <= number:
+            rooms.append(view(page_aligned(self.fmt.layout.slot_bytes)))
+        return rooms[number]
 
 
 def pages(memory: memoryview, n: int) -> list[memoryview]:

@@ -96,7 +96,8 @@ def first_parts(
 
 def _is_plain(fmt: RecordFormat, stored: Stored) -> bool:
     """Whether the units of a record are those that a format asks for."""
-    return not stored.codec and stored.unit_tokens == fmt.unit_tokens
+    is_raw = not stored.codec and stored.seal is None
+    return is_raw and stored.unit_tokens == fmt.unit_tokens
 
 
 def _read_plain(
@@ -114,7 +115,8 @@ def _read_plain(
             page = spare.part(at, PAGE_BYTES)
             headers[part.place] = page.bytes
             pieces.append((start, page))
-        pieces.append((start + PAGE_BYTES + part.first * fmt.unit_bytes, part.out))
+        if fmt.sealer is None:  # what is sealed has to be opened elsewhere
+            pieces.append((start + PAGE_BYTES + part.first * fmt.unit_bytes, part.out))
     fill(io, parts[0][0].place[0], pieces, spill)
     found: dict[Place, Stored] = {}
     coarse = []

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from offload.tiers.pool import page_aligned
-from offload.tiers.record import RecordFormat, Stored, check_units
+from offload.tiers.record import Stored, check_units
 from offload.tiers.record_codec import decode_units
 from offload.tiers.record_fill import NO_SPILL, Buffer, fill
 from offload.tiers.record_io import Place, RecordIo, view
 from offload.tiers.record_part import Part
+from offload.tiers.record_seal import open_units
 from offload.types import PAGE_BYTES, round_up
 
 
@@ -84,7 +85,7 @@ def _decoded(io: RecordIo, runs: Sequence[_Run], memory: Buffer) -> dict[_Run, m
         kinds.setdefault((run.stored.codec, run.stored.unit_tokens), []).append(run)
     rows: dict[_Run, memoryview] = {}
     for (codec, tokens), alike in kinds.items():
-        units = [unit for run in alike for unit in _verified_units(fmt, run, memory)]
+        units = [unit for run in alike for unit in _verified_units(io, run, memory)]
         unit_bytes = fmt.unit(tokens).num_bytes
         out = torch.empty(len(units) * unit_bytes, dtype=torch.uint8)
         decode_units(fmt, codec, tokens, units, out, io.meter)
@@ -95,12 +96,16 @@ def _decoded(io: RecordIo, runs: Sequence[_Run], memory: Buffer) -> dict[_Run, m
     return rows
 
 
-def _verified_units(fmt: RecordFormat, run: _Run, memory: Buffer) -> list[memoryview]:
+def _verified_units(io: RecordIo, run: _Run, memory: Buffer) -> list[memoryview]:
+    fmt = io.fmt
     starts = run.stored.starts[run.first : run.end + 1]
     base = run.start + run.lead
     check_units(memory.bytes[base : base + starts[-1] - starts[0]], fmt, run.stored, run.first)
     base -= starts[0]
-    return [memory.bytes[base + start : base + end] for start, end in pairwise(starts)]
+    units = [memory.bytes[base + start : base + end] for start, end in pairwise(starts)]
+    if run.stored.seal is not None:
+        open_units(fmt, run.stored, units, run.first, io.where(run.place))
+    return units
 
 
 def _memory(num_bytes: int, scratch: memoryview) -> Buffer:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from offload.tiers.sealing import Sealer
+
 Persist = Literal["on_idle", "write_through", "never"]
 OnDisconnect = Literal["stop_and_keep", "continue", "discard"]
 Overflow = Literal["error", "truncate_turns"]
@@ -76,6 +78,8 @@ class EngineSettings:
     min_free_bytes : int
         Of the disk, that saved sessions leave to others.
     sessions : SessionSettings
+    sealer : Sealer or None
+        Encrypts what is written below ``data_path``.
     """
 
     data_path: Path
@@ -92,3 +96,4 @@ class EngineSettings:
     queue_timeout_s: float = 120.0
     min_free_bytes: int = 1 << 30
     sessions: SessionSettings = field(default_factory=SessionSettings)
+    sealer: Sealer | None = field(default=None, repr=False)

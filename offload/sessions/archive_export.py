@@ -2,9 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,13 +20,16 @@ from offload.sessions.archive_format import (
     SESSION,
     TAR_BLOCK_BYTES,
     Manifest,
+    distinct_blocks,
     member_header,
     record_names,
 )
 from offload.sessions.archive_source import RecordSource
+from offload.sessions.keys import chain_keys, is_foreign, record_id
 from offload.sessions.new_file import new_file
 from offload.sessions.opening import open_session
 from offload.sessions.root import Root
+from offload.sessions.session_file import BlockRef, SessionFile
 from offload.tiers.codec import LEVEL, gains, shuffle
 from offload.tiers.record import RecordFormat, raw_record
 from offload.tiers.record_header import pack_header
@@ -66,7 +69,8 @@ def export_session(
 ) -> ExportReport:
     """Write a session, with every chunk that it needs, to a new file for the user only.
 
-    The file appears when it is complete; what exports to that folder have left that were killed is
+    It is not encrypted, whether the root is or not. The file appears when it is complete; what
+    exports to that folder have left that were killed is
     removed. Every record is verified as it is read; one that is
     damaged goes into quarantine, and ends the export.
 
@@ -93,7 +97,8 @@ def export_session(
     _refuse_target(root, path, overwrite)
     file, held = open_session(root, name)
     try:
-        source, session = RecordSource(root, file, held), file.pack()
+        source, shown = RecordSource(root, file, held), _for_others(root, file)
+        session, keys = shown.pack(), [ref.key for ref in distinct_blocks(shown)]
         check_description(session, f"session {name!r}")
         sizes = (len(session), len(file.layers), source.num_blocks, source.fmt.payload_bytes)
         manifest = Manifest(*sizes)
@@ -102,7 +107,8 @@ def export_session(
             archive.add(MANIFEST, manifest.pack())
             archive.add(SESSION, session)
             with closing(source.records()) as records:
-                for number, (info, payload) in enumerate(records):
+                for number, (own, payload) in enumerate(records):
+                    info = replace(own, chunk_id=record_id(keys[number % len(keys)]))
                     archive.add_record(source.fmt, number, info, payload)
                     progress(number + 1, manifest.num_records)
             archive.finish()
@@ -161,6 +167,26 @@ class _Archive:
 
     def _pad(self, num_bytes: int) -> None:
         self._writer.write(bytes(-num_bytes % TAR_BLOCK_BYTES))
+
+
+def _for_others(root: Root, file: SessionFile) -> SessionFile:
+    """Return a session whose chunks have the keys that tokens have without a secret."""
+    ids = file.token_ids
+    if root.sealer is None or ids is None or any(is_foreign(ref.key) for ref in _refs(file)):
+        return file
+    size, namespace = file.layout.chunk_tokens, file.namespace.digest
+    rows = tuple(
+        tuple(
+            replace(ref, key=key)
+            for ref, key in zip(refs, chain_keys(namespace, ids[row], size), strict=False)
+        )
+        for row, refs in enumerate(file.rows)
+    )
+    return replace(file, rows=rows)
+
+
+def _refs(file: SessionFile) -> Iterator[BlockRef]:
+    return (ref for refs in file.rows for ref in refs)
 
 
 def _refuse_target(root: Root, path: Path, overwrite: bool) -> None:

@@ -16,7 +16,6 @@ from offload.sessions.root import Root
 from offload.sessions.session_file import SessionFile
 from offload.tiers.io_engine import IoEngine, Job
 from offload.tiers.pool import page_aligned
-from offload.tiers.record import RecordFormat
 from offload.tiers.record_io import RecordIo
 from offload.tiers.segment_files import SegmentFiles
 from offload.tiers.transfer import FutureTransfer, Transfer
@@ -44,7 +43,7 @@ class RecordSource:
     """
 
     def __init__(self, root: Root, file: SessionFile, held: Held) -> None:
-        self.fmt = RecordFormat(file.layout, held.fingerprint)
+        self.fmt = root.format_of(file.layout, held.fingerprint)
         self._root = root
         self._file = file
         self._held = held

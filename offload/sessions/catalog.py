@@ -19,7 +19,14 @@ from offload.errors import (
     StorageError,
 )
 from offload.sessions.paths import allocated_bytes, remove
-from offload.sessions.schema import VERSION, check_row, check_schema, checksum, statements
+from offload.sessions.schema import (
+    SEALED_VERSION,
+    VERSION,
+    check_row,
+    check_schema,
+    checksum,
+    statements,
+)
 from offload.tiers.punch import reserve
 from offload.tiers.syscalls import as_storage_error
 
@@ -50,17 +57,23 @@ class Catalog:
         What of the last transactions a power cut may undo: ``strict`` nothing.
     may_create : bool
         Whether an empty catalog is a new one, or one that has lost everything.
+    is_sealed : bool
+        Whether it is that of a root whose content is encrypted.
 
     Raises
     ------
     CorruptCatalog
         The file is no catalog, or damaged where SQLite or we can see it.
     ConfigError
-        A newer version of this package has made it.
+        A newer version of this package has made it, or it is encrypted where it should not be, or
+        the other way round.
     """
 
-    def __init__(self, path: Path, durability: str, *, may_create: bool = True) -> None:
+    def __init__(
+        self, path: Path, durability: str, *, may_create: bool = True, is_sealed: bool = False
+    ) -> None:
         self.path = path
+        self._version = SEALED_VERSION if is_sealed else VERSION
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._is_open = True
@@ -90,14 +103,18 @@ class Catalog:
                 raise CorruptCatalog(f"{self.path} is missing or empty, though there are sessions")
             for statement in statements():
                 self._db.execute(statement)
-            self._db.execute(f"PRAGMA user_version = {VERSION}")
-        elif found > VERSION:
+            self._db.execute(f"PRAGMA user_version = {self._version}")
+        elif found in (VERSION, SEALED_VERSION) and found != self._version:
+            # As a number, so that versions of this package without encryption stay away.
+            kind = "encrypted" if found == SEALED_VERSION else "not encrypted"
+            raise ConfigError(f"{self.path} is that of a session store that is {kind}")
+        elif found > SEALED_VERSION:
             # Not CorruptCatalog: a rebuild would take what a newer version has written for damage.
             raise ConfigError(
                 f"{self.path} has version {found}, this code reads {VERSION}; if no newer version "
                 "of this package has used it, `offload fsck --rebuild` makes a new one"
             )
-        elif found < VERSION:
+        elif found != self._version:
             raise CorruptCatalog(
                 f"{self.path} has version {found}, this code reads {VERSION}; "
                 "`offload fsck --rebuild` makes a new catalog from the files"

@@ -8,7 +8,7 @@ from offload.errors import ConfigError, SessionInUse
 from offload.sessions.paths import new_id, publish, temporary
 from offload.sessions.root import Root
 from offload.sessions.schema import check_session_row, checksum, integer
-from offload.sessions.session_file import read_session_file, renamed, write_session_file
+from offload.sessions.session_file import renamed, write_session_file
 from offload.types import PAGE_BYTES
 
 _MAX_TRIES = 8
@@ -62,9 +62,9 @@ def _rewrite(
     path = root.paths.session(row[0])
     # What the catalog says counts: a crash may have left the file one change ahead.
     known = {"name": row[1], "expires_at": row[8], "is_pinned": bool(row[9])}
-    file = renamed(read_session_file(path), **{**known, **changes})
+    file = renamed(root.read_session(row[0]), **{**known, **changes})
     try:
-        file_bytes = write_session_file(temporary(path), file, sync=root.syncs)
+        file_bytes = write_session_file(temporary(path), file, root.sealer, sync=root.syncs)
         values = (row[0], file.name, *row[2:6], file_bytes, row[7], file.expires_at)
         values = (*values, int(file.is_pinned))
         db.execute(

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offload.errors import CorruptCatalog, CorruptChunk, StorageError
 from offload.sessions.checking import (
@@ -26,9 +27,11 @@ from offload.sessions.paths import allocated_bytes, remove
 from offload.sessions.quarantine import quarantine_records
 from offload.sessions.repairing import restore_row, set_session_aside
 from offload.sessions.root import Root
-from offload.sessions.session_file import SessionFile, read_session_file, renamed
+from offload.sessions.session_file import SessionFile, renamed
 from offload.tiers.io_engine import IoEngine
-from offload.tiers.record import RecordFormat
+
+if TYPE_CHECKING:
+    from offload.tiers.record import RecordFormat
 
 _THREADS = 4
 
@@ -138,7 +141,7 @@ def check_sessions(
         size = file.layout.chunk_tokens
         found = expected_records(file.rows, file.segments, file.layers, size)
         for segment, records in found.items():
-            fmt = RecordFormat(file.layout, file.namespace.fingerprint)
+            fmt = root.format_of(file.layout, file.namespace.fingerprint)
             expected.setdefault((segment, fmt), {}).update(records)
     total = sum(map(len, expected.values()))
 
@@ -189,7 +192,7 @@ def _session_file(root: Root, identity: str, report: FsckReport) -> SessionFile 
     except CorruptCatalog as error:
         damage = str(error)
     try:
-        file = read_session_file(root.paths.session(identity))
+        file = root.read_session(identity)
         if file.identity != identity:
             raise CorruptChunk(f"the file of session {identity} is that of {file.identity}")
     except StorageError as error:

@@ -9,17 +9,17 @@ from torch import Tensor
 KEY_BYTES = 32
 
 
-def chain_keys(namespace: bytes, token_ids: Tensor, chunk_tokens: int) -> list[bytes]:
+def chain_keys(first_key: bytes, token_ids: Tensor, chunk_tokens: int) -> list[bytes]:
     """Return the key of every full chunk of a row.
 
     The keys and values of a chunk depend on all tokens before it, so its key does too: BLAKE2b over
     the key of the chunk before and the chunk's own token ids (64 bit, little endian). The first is
-    chained to the namespace.
+    chained to the namespace's digest, or, in a store that is sealed, to a secret of it.
 
     Parameters
     ----------
-    namespace : bytes
-        Digest.
+    first_key : bytes
+        See ``Root.first_key``.
     token_ids : Tensor, shape (num_tokens,), integers
     chunk_tokens : int
 
@@ -29,7 +29,7 @@ def chain_keys(namespace: bytes, token_ids: Tensor, chunk_tokens: int) -> list[b
         ``num_tokens // chunk_tokens`` keys of ``KEY_BYTES``.
     """
     ids = token_ids.cpu().numpy().astype(np.dtype("<i8"))
-    keys, previous = [], namespace
+    keys, previous = [], first_key
     for start in range(0, len(ids) - chunk_tokens + 1, chunk_tokens):
         part = ids[start : start + chunk_tokens].tobytes()
         previous = hashlib.blake2b(previous + part, digest_size=KEY_BYTES).digest()

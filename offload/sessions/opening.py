@@ -15,7 +15,8 @@ from offload.sessions.leases import add_lease
 from offload.sessions.namespace import parse_layout
 from offload.sessions.root import Root
 from offload.sessions.schema import check_session_row
-from offload.sessions.session_file import BlockRef, SessionFile, read_session_file
+from offload.sessions.session_file import BlockRef, SessionFile
+from offload.tiers.sealing import Sealer
 from offload.types import ChunkLayout
 
 
@@ -43,6 +44,11 @@ class Held:
         _, num_positions = self.shapes[ref.segment]
         return self.root.paths.segment(ref.segment), layer_number * num_positions + ref.position
 
+    @property
+    def sealer(self) -> Sealer | None:
+        """What their records are sealed with."""
+        return self.root.sealer
+
     def release(self) -> None:
         """Let go of the chunks. Idempotent; closing the store does the same."""
         if self.root.is_open:
@@ -64,7 +70,7 @@ def open_session(root: Root, name: str) -> tuple[SessionFile, Held]:
         identity, lease, segments = _hold_session(root, name)
         held: Held | None = None
         try:
-            file = read_session_file(root.paths.session(identity))
+            file = root.read_session(identity)
             if file.identity != identity:
                 raise CorruptChunk(f"the file of session {identity} is that of {file.identity}")
             if set(file.segments) != segments:
@@ -97,7 +103,7 @@ def describe_session(root: Root, name: str) -> SessionFile:
     while True:
         identity = root.identify(name)
         try:
-            return read_session_file(root.paths.session(identity))
+            return root.read_session(identity)
         except CorruptChunk:
             if root.find(name) == identity:
                 raise
@@ -155,7 +161,7 @@ def find_prefix(
                 continue
             if namespace_of(layout) != digest:
                 continue
-            rows = _known_rows(db, digest, token_ids, chunk_tokens)
+            rows = _known_rows(db, root.first_key(digest), token_ids, chunk_tokens)
             if rows[0] and (found is None or len(rows[0]) > len(found[2][0])):
                 found = layout, digest, rows
         if found is None:
@@ -172,13 +178,13 @@ def find_prefix(
 
 
 def _known_rows(
-    db: sqlite3.Connection, namespace: bytes, token_ids: Tensor, chunk_tokens: int
+    db: sqlite3.Connection, first_key: bytes, token_ids: Tensor, chunk_tokens: int
 ) -> list[list[BlockRef]]:
     """Return the known chunks from the start of every row, as many as the shortest has."""
     rows: list[list[BlockRef]] = []
     for ids in token_ids:
         row: list[BlockRef] = []
-        for key in chain_keys(namespace, ids, chunk_tokens):
+        for key in chain_keys(first_key, ids, chunk_tokens):
             place = blocks.find_by_key(db, key)
             if place is None:
                 break

@@ -169,8 +169,8 @@ def publish(path: Path, *, durable: bool) -> None:
         os.replace(temporary(path), path)
         if durable:
             # The folder is one of 256, and may have been made for this file.
-            _sync_folder(path.parent)
-            _sync_folder(path.parent.parent)
+            sync_folder(path.parent)
+            sync_folder(path.parent.parent)
     except OSError as error:
         raise as_storage_error(error, f"cannot publish {path}") from error
 
@@ -212,7 +212,8 @@ def _make_private(folder: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

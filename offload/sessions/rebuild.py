@@ -21,6 +21,7 @@ from offload.sessions.catalog import (
 )
 from offload.sessions.checking import is_damage
 from offload.sessions.garbage import collect, write_used_bytes
+from offload.sessions.key_file import open_root_key
 from offload.sessions.namespace import layout_text
 from offload.sessions.owners import is_alive
 from offload.sessions.paths import RootPaths, allocated_bytes, is_temporary, remove
@@ -35,6 +36,7 @@ from offload.sessions.session_file import (
     renamed,
 )
 from offload.tiers.record import RecordFormat
+from offload.tiers.sealing import Sealer
 from offload.tiers.syscalls import as_storage_error
 from offload.types import round_up
 
@@ -64,7 +66,10 @@ class RebuildReport:
 
 
 def rebuild(
-    path: Path, *, progress: Callable[[int, int], object] = lambda done, total: None
+    path: Path,
+    *,
+    key: bytes | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> RebuildReport:
     """Replace the catalog of a root by one made from its session files.
 
@@ -76,6 +81,8 @@ def rebuild(
     ----------
     path : Path
         The root.
+    key : bytes, optional
+        Of a root that is encrypted.
     progress : callable
         Told session files read, and how many there are.
 
@@ -84,7 +91,8 @@ def rebuild(
     SessionInUse
         Somebody has the root open.
     ConfigError
-        The folder cannot be used, or a newer version of this package has used it.
+        The folder cannot be used, a newer version of this package has used it, or the key is not
+        that of the root.
     DiskFull, StorageError
         The old catalog is still in place.
     """
@@ -93,13 +101,16 @@ def rebuild(
     paths.make()
     lock_fd = lock_root(paths, exclusive=True)
     try:
-        files = _read_sessions(paths, report, progress)
+        sealer = open_root_key(paths, key)
+        files = _read_sessions(paths, sealer, report, progress)
         settings = _settings(paths.catalog) or _settings(paths.new_catalog)
         remove_catalog(paths.new_catalog)
-        with closing(Catalog(paths.new_catalog, "relaxed")) as catalog:
+        with closing(
+            Catalog(paths.new_catalog, "relaxed", is_sealed=sealer is not None)
+        ) as catalog:
             with catalog.transaction() as db:
-                for key, value in settings.items():
-                    set_meta(db, key, value)
+                for setting, value in settings.items():
+                    set_meta(db, setting, value)
                 _fill(db, paths, files, report)
             _remove_unneeded(catalog, paths, report)
             collect(catalog, paths)
@@ -132,14 +143,17 @@ def _settings(catalog: Path) -> dict[str, str]:
 
 
 def _read_sessions(
-    paths: RootPaths, report: RebuildReport, progress: Callable[[int, int], object]
+    paths: RootPaths,
+    sealer: Sealer | None,
+    report: RebuildReport,
+    progress: Callable[[int, int], object],
 ) -> list[SessionFile]:
     """Return the newest good file of every name, oldest first, without most tensors."""
     found = [path for path in paths.data_files() if path.suffix == ".kvsession"]
     newest: dict[str, SessionFile] = {}
     for number, path in enumerate(found, 1):
         try:
-            file = read_session_file(path)
+            file = read_session_file(path, sealer)
             if path != paths.session(file.identity):
                 raise CorruptChunk(f"{path} says that it is session {file.identity}")
             _check_segments(paths, file)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from offload.errors import ConfigError
 from offload.sessions.archive_format import distinct_blocks
 from offload.sessions.keys import record_id
 from offload.sessions.opening import Held, open_session
@@ -70,6 +71,11 @@ class BlockSource:
 @contextmanager
 def open_root(store: SessionStore | str | Path) -> Iterator[Root]:
     """Open the root folder of a store, beside those who have it open."""
+    if isinstance(store, SessionStore) and store.is_encrypted:
+        raise ConfigError(
+            f"{store.path} is encrypted, what is published would not be: export the session, and "
+            "import it to a store without a key, if it is meant for others"
+        )
     path = store.path if isinstance(store, SessionStore) else Path(store)
     with closing(Root(path)) as root:
         yield root

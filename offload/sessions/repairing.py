@@ -3,7 +3,6 @@
 from offload.sessions.garbage import forget_session
 from offload.sessions.quarantine import quarantine_file
 from offload.sessions.root import Root
-from offload.sessions.session_file import read_session_file
 from offload.sessions.session_rows import insert_row
 from offload.types import round_up
 
@@ -41,7 +40,7 @@ def restore_row(root: Root, identity: str) -> str | None:
         is_there = db.execute("SELECT 1 FROM sessions WHERE id = ?", (identity,)).fetchone()
         if is_there is None:
             return None
-        file = read_session_file(path)
+        file = root.read_session(identity)
         query = "SELECT 1 FROM sessions WHERE name = ? AND id <> ?"
         if db.execute(query, (file.name, identity)).fetchone() is not None:
             return None

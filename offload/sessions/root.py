@@ -9,11 +9,15 @@ from pathlib import Path
 from offload.errors import ConfigError, SessionInUse, SessionNotFound, StorageError
 from offload.sessions.catalog import Catalog, remove_catalog
 from offload.sessions.garbage import collect, try_collect
+from offload.sessions.key_file import open_root_key
 from offload.sessions.leases import bury_dead_owners, drop_lease, remove_stale_locks
 from offload.sessions.ledger import Ledger
 from offload.sessions.owners import OwnerLock
 from offload.sessions.paths import RootPaths, new_id
 from offload.sessions.schema import check_session_row
+from offload.sessions.session_file import SessionFile, read_session_file
+from offload.tiers.record import RecordFormat
+from offload.types import ChunkLayout
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,18 +37,31 @@ class Root:
     durability : {"none", "relaxed", "strict"}
     deadline_s : float
         Longest wait for one transfer.
+    key : bytes, optional
+        Seals all content; see ``key_file``.
+
+    Attributes
+    ----------
+    sealer : Sealer or None
 
     Raises
     ------
     ConfigError
-        The folder cannot be used, or a newer version of this package has used it.
+        The folder cannot be used, or a newer version of this package has used it; or the key is
+        not that of the root.
     CorruptCatalog
         The catalog is damaged where it shows, or is missing though there are files.
     SessionInUse
         Somebody is making a new catalog just now.
     """
 
-    def __init__(self, path: Path, durability: str = "relaxed", deadline_s: float = 120.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        durability: str = "relaxed",
+        deadline_s: float = 120.0,
+        key: bytes | None = None,
+    ) -> None:
         if durability not in DURABILITIES:
             known = ", ".join(DURABILITIES)
             raise ConfigError(f"unknown durability {durability!r}; known: {known}")
@@ -58,7 +75,13 @@ class Root:
         self._lock_fd = lock_root(self.paths, exclusive=False)
         try:
             is_new = next(self.paths.data_files(), None) is None
-            self.catalog = Catalog(self.paths.catalog, durability, may_create=is_new)
+            self.sealer = open_root_key(self.paths, key)
+            self.catalog = Catalog(
+                self.paths.catalog,
+                durability,
+                may_create=is_new,
+                is_sealed=self.sealer is not None,
+            )
             try:
                 remove_catalog(self.paths.new_catalog)  # of a rebuild that was killed
                 self._register()
@@ -85,6 +108,27 @@ class Root:
             raise
         if num_dead:
             _LOG.info("%s: cleaned up after %d dead owners", self.paths.root, num_dead)
+
+    def read_session(self, identity: str) -> SessionFile:
+        """Return what the file of a session says.
+
+        Raises
+        ------
+        CorruptChunk
+        """
+        return read_session_file(self.paths.session(identity), self.sealer)
+
+    def format_of(self, layout: ChunkLayout, fingerprint: bytes) -> RecordFormat:
+        """Return what the records of a namespace look like here."""
+        return RecordFormat(layout, fingerprint, self.sealer)
+
+    def first_key(self, namespace: bytes) -> bytes:
+        """Return what the keys of chunks are chained to, given the digest of their namespace.
+
+        Where content is sealed only who has the key can tell it, so that nobody else can try out
+        which tokens the keys in the catalog, and the ids in the records, stand for.
+        """
+        return namespace if self.sealer is None else self.sealer.derive("chunks", namespace)
 
     def find(self, name: str) -> str | None:
         """Return the identity of the session with a name, or None."""

@@ -21,6 +21,7 @@ from offload.sessions.root import Root
 from offload.sessions.segment_writer import SegmentWriter
 from offload.sessions.session_file import BlockRef, SessionFile, write_packed
 from offload.sessions.session_rows import insert_row, refuse_taken
+from offload.sessions.session_seal import seal_session
 from offload.tiers.record import RecordFormat
 from offload.tiers.transfer import Transfer
 from offload.types import ChunkInfo, ChunkLayout, round_up
@@ -139,11 +140,11 @@ def save(
     DiskFull, StorageError, CorruptChunk, TransferTimeout
     """
     identity, plan = new_id(), _Plan({}, new_id())
-    fmt = RecordFormat(content.layout, content.namespace.fingerprint)
+    fmt = root.format_of(content.layout, content.namespace.fingerprint)
     with _undone_on_error(root, plan, identity):
         _fill_plan(plan, root, content)
         file = _session_file(identity, name, content, plan, expires_at, is_pinned)
-        packed = file.pack()
+        packed = seal_session(file.pack(), identity, root.sealer)
         num_bytes = len(plan.new) * len(content.layers) * fmt.record_bytes
         needed = num_bytes + round_up(len(packed)) + _catalog_bytes(content)
         root.ledger.reserve(needed, plan.segment, identity, root.find(name))
@@ -171,7 +172,7 @@ def _fill_plan(plan: _Plan, root: Root, content: Content) -> None:
     by_key: dict[bytes, BlockRef] = {}
     with root.catalog.transaction() as db:
         for row, columns in enumerate(content.rows):
-            keys = [] if is_tainted else _row_keys(content, row)
+            keys = [] if is_tainted else _row_keys(root, content, row)
             for position, column in enumerate(columns):
                 if column in plan.refs:
                     continue
@@ -208,11 +209,11 @@ def _existing(
     return None if place is None else BlockRef(*place, key)
 
 
-def _row_keys(content: Content, row: int) -> list[bytes]:
+def _row_keys(root: Root, content: Content, row: int) -> list[bytes]:
     if content.token_ids is None:
         return []
     ids = content.token_ids[row]
-    return chain_keys(content.namespace.digest, ids, content.layout.chunk_tokens)
+    return chain_keys(root.first_key(content.namespace.digest), ids, content.layout.chunk_tokens)
 
 
 def _session_file(

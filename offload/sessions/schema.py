@@ -13,6 +13,8 @@ import xxhash
 from offload.errors import CorruptCatalog
 
 VERSION = 1
+SEALED_VERSION = 2
+"""Of roots whose content is encrypted; the tables are the same."""
 
 TABLES = """
 CREATE TABLE meta (

@@ -24,12 +24,12 @@ from offload.sessions.keys import KEY_BYTES
 from offload.sessions.names import check_name
 from offload.sessions.namespace import Namespace, named_dtype
 from offload.sessions.paths import make_shard
+from offload.sessions.session_seal import MAGIC, VERSION, open_sealed, seal_session
 from offload.tiers.record import RecordFormat
+from offload.tiers.sealing import Sealer
 from offload.tiers.syscalls import as_storage_error
 from offload.types import PAGE_BYTES, ChunkLayout, round_up
 
-MAGIC = b"KVSESSN\0"
-VERSION = 1
 MAX_BYTES = 4 << 30
 """No session file is larger: a header that says so is not believed."""
 
@@ -191,28 +191,43 @@ def unpack(content: bytes, what: str) -> SessionFile:
         raise CorruptChunk(f"{what}: not a session: {error!r}") from error
 
 
-def read_session_file(path: Path) -> SessionFile:
-    """Read a session file from disk; see ``unpack``."""
+def read_session_file(path: Path, sealer: Sealer | None = None) -> SessionFile:
+    """Read a session file from disk; see ``unpack`` and ``open_sealed``."""
+    content = open_sealed(read_content(path), path, sealer)
+    session = unpack(content, str(path))
+    _check_tails(session, str(path))
+    return session
+
+
+def read_content(path: Path) -> bytes:
+    """Return the bytes of a session file.
+
+    Raises
+    ------
+    CorruptChunk
+        It is missing, or too large to be one.
+    StorageError
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_BYTES:
                 raise CorruptChunk(f"{path} has {size} bytes, at most {MAX_BYTES} are believed")
-            content = file.read()
+            return file.read()
     except FileNotFoundError as error:
         raise CorruptChunk(f"{path} is missing") from error
     except CorruptChunk:
         raise
     except OSError as error:
         raise as_storage_error(error, f"read of {path}") from error
-    session = unpack(content, str(path))
-    _check_tails(session, str(path))
-    return session
 
 
-def write_session_file(path: Path, session: SessionFile, *, sync: bool) -> int:
-    """Write a new session file; see ``write_packed``."""
-    return write_packed(path, session.pack(), sync=sync)
+def write_session_file(
+    path: Path, session: SessionFile, sealer: Sealer | None = None, *, sync: bool
+) -> int:
+    """Write a new session file; see ``seal_session`` and ``write_packed``."""
+    content = seal_session(session.pack(), session.identity, sealer)
+    return write_packed(path, content, sync=sync)
 
 
 def write_packed(path: Path, content: bytes, *, sync: bool) -> int:

@@ -30,7 +30,6 @@ from offload.sessions.saving import Content, Saved
 from offload.sessions.schema import check_session_row
 from offload.sessions.session_file import SessionFile
 from offload.tiers.io_engine import IoEngine
-from offload.tiers.record import RecordFormat
 from offload.types import ChunkLayout
 
 _LOG = logging.getLogger(__name__)
@@ -78,11 +77,15 @@ class SessionStore:
         Of a tenant: with another salt, sessions cannot be opened and prefixes are not found.
     deadline_s : float
         Longest wait for one transfer.
+    key : bytes, optional
+        32 random bytes: everything that tells content is encrypted, as ``docs/encryption.md`` says.
+        Of a new root; one that was made without a key stays without, and one that was made with a
+        key opens with no other.
 
     Raises
     ------
     ConfigError
-        The root cannot be used, or an argument is impossible.
+        The root cannot be used, an argument is impossible, or the key is not that of the root.
     """
 
     def __init__(
@@ -94,17 +97,18 @@ class SessionStore:
         durability: str = "relaxed",
         salt: str = "",
         deadline_s: float = 120.0,
+        key: bytes | None = None,
     ) -> None:
         quota_bytes = None if quota is None else parse_size(quota)
         min_free_bytes = None if min_free is None else _parse_floor(min_free)
         path = default_root() if root is None else Path(root)
         self.salt = salt
         try:
-            self._root = Root(path, durability, deadline_s)
+            self._root = Root(path, durability, deadline_s, key)
         except CorruptCatalog as error:
             _LOG.warning("%s; making a new catalog from the files", error)
-            rebuild(path)
-            self._root = Root(path, durability, deadline_s)
+            rebuild(path, key=key)
+            self._root = Root(path, durability, deadline_s, key)
         try:
             self._root.ledger.configure(quota_bytes, min_free_bytes)
         except BaseException:
@@ -115,6 +119,11 @@ class SessionStore:
     def path(self) -> Path:
         """The root folder."""
         return self._root.paths.root
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether its content is."""
+        return self._root.sealer is not None
 
     def list(self) -> list[SessionInfo]:
         """Return all sessions, by name. Those that have expired are removed."""
@@ -311,7 +320,7 @@ class SessionStore:
         expected : iterable of (index, ChunkInfo)
         """
         with closing(IoEngine(1, deadline_s=self._root.deadline_s)) as engine:
-            fmt = RecordFormat(layout, fingerprint)
+            fmt = self._root.format_of(layout, fingerprint)
             checker = RecordChecker(path, fmt, engine, self._root.deadline_s)
             self.quarantine(list(checker.check(expected, lambda count: None)))
 
@@ -334,7 +343,7 @@ class SessionStore:
         return f"{type(self).__name__}({str(self.path)!r})"
 
     def _check(self, layout: ChunkLayout, held: Held, layers: Sequence[int]) -> _BadRecords:
-        root, fmt = self._root, RecordFormat(layout, held.fingerprint)
+        root, fmt = self._root, self._root.format_of(layout, held.fingerprint)
         expected = expected_records(held.rows, held.shapes, layers, layout.chunk_tokens)
         bad: _BadRecords = []
         with closing(IoEngine(_THREADS, deadline_s=root.deadline_s)) as engine:

@@ -16,7 +16,7 @@ from typing import Any, Self
 import pytest
 
 from offload.errors import ConfigError, SessionInUse, SessionNotFound
-from offload.sessions import changing, opening
+from offload.sessions import changing
 from offload.sessions.rebuild import rebuild
 from offload.sessions.root import Root
 from offload.sessions.session_file import SessionFile, read_session_file
@@ -185,13 +185,13 @@ def test_session_that_is_replaced_while_it_is_opened_is_opened_as_it_is_now(
         closing(SessionStore(tmp_path / "root")) as other,
     ):
 
-        def read(path: Path) -> SessionFile:
+        def read(root: Root, identity: str) -> SessionFile:
             if pending:
                 save(other, "a", pending.pop(0))
-            return read_session_file(path)
+            return read_session_file(root.paths.session(identity))
 
         save(store, "a", Recipe(1))
-        monkeypatch.setattr(opening, "read_session_file", read)
+        monkeypatch.setattr(Root, "read_session", read)
         reader.check(store, "a", Recipe(3))
         other.close()
         assert_clean(store)
@@ -205,12 +205,12 @@ def test_session_that_is_deleted_while_it_is_opened_is_not_found(
         closing(SessionStore(tmp_path / "root")) as other,
     ):
 
-        def read(path: Path) -> SessionFile:
+        def read(root: Root, identity: str) -> SessionFile:
             other.delete("a", force=True)
-            return read_session_file(path)
+            return read_session_file(root.paths.session(identity))
 
         save(store, "a", Recipe(1))
-        monkeypatch.setattr(opening, "read_session_file", read)
+        monkeypatch.setattr(Root, "read_session", read)
         with pytest.raises(SessionNotFound):
             store.open("a")
         other.close()

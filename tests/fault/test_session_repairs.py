@@ -235,9 +235,9 @@ def test_catalog_of_a_newer_version_is_neither_used_nor_rebuilt(
     root: Path, store: SessionStore, reader: Reader
 ) -> None:
     save(store, "a", Recipe(1))
-    _user_version(store, 2)
+    _user_version(store, 3)
     store.close()
-    with pytest.raises(ConfigError, match="has version 2, this code reads 1"):
+    with pytest.raises(ConfigError, match="has version 3, this code reads 1"):
         SessionStore(root)
     with closing(sqlite3.connect(root / "catalog.sqlite3")) as db:
         db.execute("PRAGMA user_version = 1")
@@ -255,7 +255,7 @@ def test_session_file_of_a_newer_version_is_neither_read_nor_removed(
 ) -> None:
     save(store, "a", Recipe(1))
     with monkeypatch.context() as patch:
-        patch.setattr(session_file, "VERSION", 2)
+        patch.setattr(session_file, "VERSION", 3)
         save(store, "b", Recipe(2))
     with pytest.raises(ConfigError, match="newer version"):
         store.open("b")
@@ -264,7 +264,7 @@ def test_session_file_of_a_newer_version_is_neither_read_nor_removed(
         rebuild(root)
     with closing(SessionStore(root)) as opened:
         reader.check(opened, "a", Recipe(1))
-        monkeypatch.setattr(session_file, "VERSION", 2)
+        monkeypatch.setattr(session_file, "VERSION", 3)
         assert opened.describe("b").name == "b"
 
 

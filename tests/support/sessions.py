@@ -157,7 +157,9 @@ def read_back(store: SessionStore, name: str) -> list[bytes]:
         with tempfile.TemporaryDirectory() as scratch:
             tier = DiskTier(Path(scratch), capacity_bytes=0, layout=layout, num_threads=2)
             try:
-                slots = [tier.adopt(path, held.fingerprint, [i])[0] for path, i in places]
+                slots = [
+                    tier.adopt(path, held.fingerprint, [i], held.sealer)[0] for path, i in places
+                ]
                 out = page_aligned(max(1, len(slots)) * layout.slot_bytes).view(
                     -1, layout.slot_bytes
                 )

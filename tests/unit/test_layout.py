@@ -87,6 +87,8 @@ OPTIONAL = {"PIL", "av", "llvmlite", "matplotlib", "numba", "triton"} | {
     "structlog",
     "uvicorn",
     "yaml",
+    # Encryption.
+    "cryptography",
     # The remote tier.
     "obstore",
 }

@@ -188,7 +188,7 @@ def test_record_of_version_1_with_a_checksum_per_head_is_read() -> None:
 @pytest.mark.parametrize(
     ("offset", "value", "message"),
     [
-        (8, b"\x03\x00", "format version 3"),
+        (8, b"\x04\x00", "format version 4"),
         (8, b"\x01\x00\x01", "format version 1, codec 1"),
         (72, b"\x03", "3 units of 8 tokens"),
         (76, b"\x03", "2 units of 3 tokens"),

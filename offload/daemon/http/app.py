@@ -120,6 +120,7 @@ def _context(
             options.response_ttl_s,
             options.max_stored_rows,
             options.max_store_bytes,
+            options.sealer,
         ),
         background=Background(),
         worker=ThreadPoolExecutor(1, thread_name_prefix="offload-daemon-prompts"),

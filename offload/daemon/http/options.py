@@ -1,8 +1,10 @@
 """What the HTTP side is told by the configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+from offload.tiers.sealing import Sealer
 
 ID_HEADERS: Final = (
     "X-Claude-Code-Session-Id",
@@ -48,6 +50,8 @@ class HttpOptions:
         Sessions that are shown as slots to clients of llama.cpp.
     is_history_verbatim : bool
         Put the very tokens that the model generated in the place of its answers in a history.
+    sealer : Sealer or None
+        Encrypts what is stored.
     """
 
     data_path: Path
@@ -65,3 +69,4 @@ class HttpOptions:
     max_store_bytes: int = 8 << 30
     num_slots: int = 4
     is_history_verbatim: bool = True
+    sealer: Sealer | None = field(default=None, repr=False)

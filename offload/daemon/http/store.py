@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from offload.daemon.http.columns import Columns
 from offload.daemon.http.errors import NotFound
 from offload.daemon.http.tables import HttpTables
+from offload.tiers.sealing import Sealer
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,20 @@ class HttpStore:
     ttl_s : float
     max_rows, max_bytes : int
         As for ``HttpTables``.
+    sealer : Sealer, optional
+        Encrypts what was said; ids, names of sessions and times stay as they are.
     """
 
-    def __init__(self, folder: Path, ttl_s: float, max_rows: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        ttl_s: float,
+        max_rows: int,
+        max_bytes: int,
+        sealer: Sealer | None = None,
+    ) -> None:
         self._tables = HttpTables(folder, ttl_s, max_rows, max_bytes)
+        self._columns = Columns(sealer)
 
     def close(self) -> None:
         """Close the file. Idempotent."""
@@ -79,8 +91,12 @@ class HttpStore:
             response.body["id"],
             response.previous,
             response.session,
-            json.dumps(response.body),
-            json.dumps(response.input),
+            *(
+                self._columns.hide_text(
+                    json.dumps(part), "responses", tenant, response.body["id"], column
+                )
+                for column, part in (("body", response.body), ("input", response.input))
+            ),
             time.time(),
         )
 
@@ -96,7 +112,13 @@ class HttpStore:
         if not row:
             raise NotFound(f"there is no response {response_id[:80]!r}")
         previous, session, body, items = row[0]
-        return StoredResponse(previous, session, json.loads(body), json.loads(items))
+        show, row_of = self._columns.show_text, ("responses", tenant, response_id)
+        return StoredResponse(
+            previous,
+            session,
+            json.loads(show(body, *row_of, "body")),
+            json.loads(show(items, *row_of, "input")),
+        )
 
     def history(self, tenant: str, response_id: str) -> list[dict[str, Any]]:
         """Return the items that a response ends, oldest first: inputs and outputs in turn."""
@@ -122,7 +144,7 @@ class HttpStore:
             "INSERT OR REPLACE INTO conversations VALUES (?, ?, ?, ?)",
             tenant,
             body["id"],
-            json.dumps(body),
+            self._columns.hide_text(json.dumps(body), "conversations", tenant, body["id"]),
             time.time(),
         )
 
@@ -136,7 +158,10 @@ class HttpStore:
         )
         if not rows:
             raise NotFound(f"there is no conversation {conversation_id[:80]!r}")
-        body: dict[str, Any] = json.loads(rows[0][0])
+        body: dict[str, Any]
+        body = json.loads(
+            self._columns.show_text(rows[0][0], "conversations", tenant, conversation_id)
+        )
         return body
 
     def delete_conversation(self, tenant: str, conversation_id: str) -> None:
@@ -158,18 +183,23 @@ class HttpStore:
                 tenant,
                 conversation_id,
                 item["id"],
-                json.dumps(item),
+                self._columns.hide_text(
+                    json.dumps(item), "items", tenant, conversation_id, item["id"]
+                ),
             )
 
     def items(self, tenant: str, conversation_id: str) -> list[dict[str, Any]]:
         """Return the items of a conversation, oldest first."""
         self.conversation(tenant, conversation_id)
         rows = self._tables.run(
-            "SELECT body FROM items WHERE tenant = ? AND conversation = ? ORDER BY position",
+            "SELECT id, body FROM items WHERE tenant = ? AND conversation = ? ORDER BY position",
             tenant,
             conversation_id,
         )
-        return [json.loads(body) for (body,) in rows]
+        return [
+            json.loads(self._columns.show_text(body, "items", tenant, conversation_id, name))
+            for name, body in rows
+        ]
 
     def delete_item(self, tenant: str, conversation_id: str, item_id: str) -> None:
         """Delete an item, or raise NotFound."""
@@ -187,10 +217,10 @@ class HttpStore:
         self._tables.write(
             "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?)",
             tenant,
-            key,
+            self._columns.name(key),
             answer.session,
-            answer.opening,
-            answer.token_ids,
+            self._columns.hide_text(answer.opening, "answers", tenant, key, "opening"),
+            self._columns.hide(answer.token_ids, "answers", tenant, key, "token_ids"),
             time.time(),
         )
 
@@ -205,6 +235,13 @@ class HttpStore:
             "RETURNING opening, token_ids",
             time.time(),
             tenant,
-            key,
+            self._columns.name(key),
         )
-        return rows[0] if rows else None
+        if not rows:
+            return None
+        show, row_of = self._columns, ("answers", tenant, key)
+        opening, token_ids = rows[0]
+        return (
+            show.show_text(opening, *row_of, "opening"),
+            show.show(token_ids, *row_of, "token_ids"),
+        )

@@ -8,6 +8,7 @@ from offload.daemon.engine_settings import EngineSettings, SessionSettings
 from offload.daemon.http.options import ID_HEADERS, HttpOptions
 from offload.daemon.ops.config_units import bytes_of
 from offload.daemon.ops.configuration import Configuration
+from offload.daemon.ops.data_key import open_data_key
 from offload.machine import read_gpus, read_memory
 from offload.tiers.scratch import default_parent
 
@@ -42,6 +43,7 @@ def engine_settings(configuration: Configuration) -> EngineSettings:
         queue_timeout_s=running.queue_timeout,
         min_free_bytes=tiers.disk.min_free,
         sessions=_session_settings(configuration),
+        sealer=open_data_key(configuration.tiers.disk.encryption, data_path_of(configuration)),
     )
 
 
@@ -59,6 +61,7 @@ def http_options(configuration: Configuration) -> HttpOptions:
         response_ttl_s=configuration.sessions.response_ttl,
         accept_any_model=server.accept_any_model,
         id_headers=(*ID_HEADERS, *server.id_headers),
+        sealer=open_data_key(configuration.tiers.disk.encryption, data_path_of(configuration)),
     )
 
 

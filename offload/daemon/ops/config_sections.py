@@ -61,11 +61,21 @@ class MemorySection(Section):
     )
 
 
+class EncryptionSection(Section):
+    """Whether what is written below the data path is encrypted."""
+
+    enabled: bool = setting(False, "Encrypt what is written below `data_path`; of a new one only.")
+    key_file: Path | None = setting(
+        None, "32 bytes, raw, hex or base64 (0600); `offload config encryption-key FILE` makes one."
+    )
+
+
 class DiskSection(Section):
     """The disk tier."""
 
     size: BytesOrShare | None = setting(None, "Capacity, or share of the disk.")
     min_free: Bytes = setting(_ENGINE.min_free_bytes, "What saved sessions leave to others.")
+    encryption: EncryptionSection = setting(EncryptionSection(), "")
     write_budget_per_day: Bytes | None = setting(
         None, "What the status page compares the bytes written today with.", "live"
     )

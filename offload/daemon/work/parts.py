@@ -71,7 +71,9 @@ def open_parts(model: ServedModel, settings: EngineSettings, admission: Admissio
         The device's capacity is too small for one session.
     """
     sessions = settings.sessions
-    stores = SessionStores(settings.data_path, sessions.disk_quota_bytes, settings.min_free_bytes)
+    stores = SessionStores(
+        settings.data_path, sessions.disk_quota_bytes, settings.min_free_bytes, settings.sealer
+    )
     root = _open_root(model, settings)
     try:
         opener = _open_tiers(model, root)
@@ -105,6 +107,7 @@ def _open_root(model: ServedModel, settings: EngineSettings) -> OffloadedCache:
         codec=settings.codec,
         capacity=settings.capacity,
         disk_path=scratch,
+        encrypted=settings.sealer is not None and scratch is not None,
         chunk_tokens=settings.chunk_tokens,
         config=model.model.config,
     )

@@ -12,7 +12,9 @@ from typing import Any
 
 from offload.daemon.work.session_book import Realm
 from offload.errors import ConfigError, StorageError
+from offload.key_files import TENANTS, tenant_key
 from offload.sessions.store import SessionStore
+from offload.tiers.sealing import Sealer
 
 _SECRET = "secret"
 _STORE = "kv"
@@ -34,6 +36,8 @@ class SessionStores:
     quota_bytes : int or None
         Of each tenant.
     min_free_bytes : int
+    sealer : Sealer, optional
+        Encrypts what is saved and noted, with another key for each tenant.
 
     Raises
     ------
@@ -41,8 +45,14 @@ class SessionStores:
         The folder cannot be used.
     """
 
-    def __init__(self, path: Path, quota_bytes: int | None, min_free_bytes: int) -> None:
-        self._tenants = path / "tenants"
+    def __init__(
+        self,
+        path: Path,
+        quota_bytes: int | None,
+        min_free_bytes: int,
+        sealer: Sealer | None = None,
+    ) -> None:
+        self._tenants = path / TENANTS
         try:
             for folder in (path, self._tenants):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -51,6 +61,7 @@ class SessionStores:
             raise ConfigError(f"cannot use {path}: {error.strerror or error}") from error
         self._quota_bytes = quota_bytes
         self._min_free_bytes = min_free_bytes
+        self._sealer = sealer
         self._open: dict[Realm, SessionStore] = {}
         self._counted: dict[Path, tuple[int, int]] | None = None
 
@@ -73,8 +84,12 @@ class SessionStores:
 
     def read_notes(self, tenant: str) -> dict[str, dict[str, Any]]:
         """Return what was noted of a tenant's sessions, by name; nothing if it cannot be read."""
+        folder = self._folder(tenant)
         try:
-            notes = json.loads((self._folder(tenant) / _NOTES).read_text())
+            content = (folder / _NOTES).read_bytes()
+            if (key := self._key(folder)) is not None:
+                content = Sealer(key).open("notes", content, b"", str(folder / _NOTES))
+            notes = json.loads(content)
         except (OSError, ValueError):
             return {}
         return notes if isinstance(notes, dict) else {}
@@ -86,11 +101,14 @@ class SessionStores:
         ------
         StorageError
         """
-        path = self._folder(tenant) / _NOTES
+        folder = self._folder(tenant)
+        path, content = folder / _NOTES, json.dumps(notes).encode()
+        if (key := self._key(folder)) is not None:  # notes have the first tokens of sessions
+            content = Sealer(key).seal("notes", content, b"")
         draft = path.with_suffix(".tmp")
         try:
             draft.unlink(missing_ok=True)  # of a process that was killed
-            _write_private(draft, json.dumps(notes).encode())
+            _write_private(draft, content)
             draft.replace(path)
         except OSError as error:
             raise StorageError(error.errno, f"cannot write {path}: {error.strerror}") from error
@@ -145,7 +163,17 @@ class SessionStores:
 
     def _open_store(self, path: Path, salt: str) -> SessionStore:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        return SessionStore(path, quota=self._quota_bytes, min_free=self._min_free_bytes, salt=salt)
+        return SessionStore(
+            path,
+            quota=self._quota_bytes,
+            min_free=self._min_free_bytes,
+            salt=salt,
+            key=self._key(path.parent),
+        )
+
+    def _key(self, folder: Path) -> bytes | None:
+        """Return the key of the tenant whose folder this is."""
+        return None if self._sealer is None else tenant_key(self._sealer, folder)
 
     def _derive(self, *parts: str) -> str:
         # Lengths are part of it, so that no two lists of parts read alike.
