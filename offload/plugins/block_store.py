@@ -2,22 +2,21 @@
 
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from sys import maxsize
 
-from offload.errors import ClosedError, ConfigError, CorruptChunk, OffloadError, TransferTimeout
+from offload.errors import ClosedError, ConfigError, TransferTimeout
 from offload.plugins.batch import Batch, Row
 from offload.plugins.block_files import BlockFiles
+from offload.plugins.mover import BlockStats, Mover, Work
 from offload.plugins.namespace import Key, Namespace, key_of
 from offload.plugins.slots import Entry, SlotTable
 from offload.tiers.io_engine import IoEngine, Job
-from offload.tiers.io_plan import Operation
 from offload.tiers.syscalls import VectoredCall
 
 _LOG = logging.getLogger(__name__)
@@ -25,45 +24,18 @@ _LOG = logging.getLogger(__name__)
 _OPENING_S = 600.0
 """Longest wait for the headers of a store that is opened: 500 GiB of them take seconds."""
 
-_Work = Callable[[Batch, Sequence[int], Sequence[Entry], Operation, memoryview], None]
-
-
-@dataclass(slots=True)
-class BlockStats:
-    """What happened since the store was opened.
-
-    Attributes
-    ----------
-    num_stored, num_loaded : int
-        Blocks that arrived.
-    num_evicted, num_corrupt : int
-    num_failed : int
-        Blocks that the disk refused to write or read.
-    num_given_up : int
-        Blocks that were not there at the deadline of their batch.
-    num_refused : int
-        Blocks not stored for want of a slot that nobody uses, or because the disk hangs.
-    """
-
-    num_stored: int = 0
-    num_loaded: int = 0
-    num_evicted: int = 0
-    num_corrupt: int = 0
-    num_failed: int = 0
-    num_given_up: int = 0
-    num_refused: int = 0
-
 
 class BlockStore:
     """Blocks of one size, found by what they are called, on a disk that may fail, lie or hang.
 
     What is loaded is what was stored under that name in the same namespace, or it is not loaded.
-    Nothing blocks but opening, ``drain`` and ``close``: stores and loads are submitted, run on a few
-    threads, and are over after ``deadline_s`` at the latest. A disk that has not answered for so long
-    is left alone until it does: nothing is found, and nothing stored. Any thread may call any method.
+    Nothing blocks but opening, ``drain`` and ``close``: stores and loads are submitted, run on a
+    few threads, and are over after ``deadline_s`` at the latest. A disk that has not answered for so
+    long is left alone until it does: nothing is found, nothing stored. Any thread may call any
+    method.
 
-    A block that cannot be read is forgotten; if it is damaged a copy is set aside. Nothing is synced:
-    a killed process loses only what was being written, a power cut may lose more, and checksums
+    A block that cannot be read is forgotten; if it is damaged a copy is set aside. Nothing is
+    synced: a killed process loses only what was being written, a power cut may lose more, and checksums
     tell. Other processes cannot open the namespace at the same time.
 
     Parameters
@@ -101,13 +73,12 @@ class BlockStore:
         self.deadline_s = deadline_s
         self._files = BlockFiles(root, namespace, quota_bytes, preadv, pwritev)
         self._table = SlotTable(self._files.num_slots)
-        self._stats = BlockStats()
-        self._lock = threading.Lock()
+        self._mover = Mover(self._files, self._table)
+        self._lock = self._mover.lock
         self._batches: list[Batch] = []
-        self._running: dict[int, float] = {}
         self._closed = False
         try:
-            # The queue holds no memory, only names of the callers', so it needs no bound of its own.
+            # The queue holds no memory but the callers', so it needs no bound of its own.
             self._engine = IoEngine(num_threads, max_queued=maxsize, deadline_s=deadline_s)
             self._table.restore(self._find())
         except BaseException:
@@ -133,14 +104,13 @@ class BlockStore:
     @property
     def is_hanging(self) -> bool:
         """Whether the disk has not answered for longer than ``deadline_s``."""
-        latest = time.monotonic() - self.deadline_s
-        return any(begun < latest for begun in tuple(self._running.values()))
+        return time.monotonic() - self._mover.begun_s > self.deadline_s
 
     @property
     def stats(self) -> BlockStats:
         """What happened so far."""
         with self._lock:
-            return replace(self._stats, num_evicted=self._table.num_evicted)
+            return replace(self._mover.stats, num_evicted=self._table.num_evicted)
 
     def holds(self, name: bytes) -> bool:
         """Whether a block can be loaded now. Never blocks, reads nothing."""
@@ -177,9 +147,9 @@ class BlockStore:
                 elif not self.is_hanging and (entry := self._table.reserve(key)) is not None:
                     chosen.append((member, entry))
                 else:
-                    self._stats.num_refused += 1
+                    self._mover.stats.num_refused += 1
                     batch.settle([member], arrived=False)
-        self._start(batch, chosen, self._store, urgent=False)
+        self._start(batch, chosen, self._mover.store, urgent=False)
         return batch
 
     def submit_load(self, names: Collection[bytes], rows: Sequence[Row]) -> Batch:
@@ -196,7 +166,7 @@ class BlockStore:
                     batch.settle([member], arrived=False)
                 else:
                     chosen.append((member, entry))
-        self._start(batch, chosen, self._load, urgent=True)
+        self._start(batch, chosen, self._mover.load, urgent=True)
         return batch
 
     def poll(self) -> None:
@@ -268,7 +238,7 @@ class BlockStore:
         return batch
 
     def _start(
-        self, batch: Batch, chosen: Sequence[tuple[int, Entry]], work: _Work, *, urgent: bool
+        self, batch: Batch, chosen: Sequence[tuple[int, Entry]], work: Work, *, urgent: bool
     ) -> None:
         if not chosen:
             return
@@ -279,110 +249,13 @@ class BlockStore:
         for op in ops:
             members = [chosen[number][0] for number in op.members]
             entries = [chosen[number][1] for number in op.members]
-            jobs.append(partial(self._run, work, batch, members, entries, op))
+            jobs.append(partial(self._mover.run, work, batch, members, entries, op))
         self._engine.submit(jobs, urgent=urgent, what=f"blocks of {self.folder}")
-
-    def _run(
-        self,
-        work: _Work,
-        batch: Batch,
-        members: Sequence[int],
-        entries: Sequence[Entry],
-        op: Operation,
-        scratch: memoryview,
-    ) -> None:
-        """Do one operation and leave the books in order, whatever happens."""
-        thread = threading.get_ident()
-        self._running[thread] = time.monotonic()
-        try:
-            work(batch, members, entries, op, scratch)
-        except OffloadError as error:
-            _LOG.warning("block store: %s", error)
-            with self._lock:
-                self._stats.num_failed += len(entries)
-                for entry in entries:
-                    self._table.forget(entry)
-        except BaseException:
-            _LOG.exception("block store: a bug; %d blocks are forgotten", len(entries))
-            with self._lock:
-                for entry in entries:
-                    self._table.forget(entry)
-            raise
-        finally:
-            del self._running[thread]
-            with self._lock:
-                for entry in entries:
-                    self._table.release(entry)
-            batch.settle(members, arrived=False)
-
-    def _store(
-        self,
-        batch: Batch,
-        members: Sequence[int],
-        entries: Sequence[Entry],
-        op: Operation,
-        scratch: memoryview,
-    ) -> None:
-        buffers = self._files.buffers(len(entries))
-        pairs = zip(members, buffers, strict=True)
-        if not all([batch.take(member, buffer) for member, buffer in pairs]):
-            with self._lock:
-                for entry in entries:
-                    self._table.forget(entry)
-            return
-        self._files.write(op, [entry.key for entry in entries], buffers, scratch)
-        with self._lock:
-            for entry in entries:
-                entry.is_ready = True
-            self._stats.num_stored += len(entries)
-        batch.settle(members, arrived=True)
-
-    def _load(
-        self,
-        batch: Batch,
-        members: Sequence[int],
-        entries: Sequence[Entry],
-        op: Operation,
-        scratch: memoryview,
-    ) -> None:
-        if batch.is_over:
-            return
-        buffers = self._files.buffers(len(entries))
-        try:
-            self._files.read(op, [entry.key for entry in entries], buffers, scratch)
-        except CorruptChunk as error:
-            self._load_each(error, batch, members, entries, op, scratch)
-            return
-        given = [batch.give(*pair) for pair in zip(members, buffers, strict=True)]
-        with self._lock:
-            self._stats.num_loaded += sum(given)
-
-    def _load_each(
-        self,
-        error: CorruptChunk,
-        batch: Batch,
-        members: Sequence[int],
-        entries: Sequence[Entry],
-        op: Operation,
-        scratch: memoryview,
-    ) -> None:
-        """Load blocks of which one, at least, is damaged, and set that one aside."""
-        if len(entries) > 1:
-            size = self._files.fmt.record_bytes
-            for number, (member, entry) in enumerate(zip(members, entries, strict=True)):
-                one = Operation(op.segment, op.offset + number * size, size, (0,))
-                self._load(batch, [member], [entry], one, scratch)
-            return
-        _LOG.warning("block store: a damaged block is set aside: %s", error)
-        with self._lock:
-            self._stats.num_corrupt += 1
-            self._table.forget(entries[0])
-        self._files.quarantine(entries[0].slot, entries[0].key, scratch)
 
     def _give_up(self, batch: Batch) -> None:
         num_open = batch.give_up()
         with self._lock:
-            self._stats.num_given_up += num_open
+            self._mover.stats.num_given_up += num_open
         _LOG.warning(
             "block store: %d blocks of %s given up after %.3g s: the disk is too slow, or hangs",
             num_open,

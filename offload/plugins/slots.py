@@ -1,4 +1,4 @@
-"""Which block lies in which slot, and which goes when there is no room. Bookkeeping only, no I/O."""
+"""Which block lies in which slot, and which goes when there is no room. No I/O."""
 
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -33,8 +33,8 @@ class Entry:
 class SlotTable:
     """Slots of one size, by key, the least recently used first to go.
 
-    Invariant: every slot is free or of one entry; a key leads to at most one entry; an entry that no
-    key leads to has users. Not thread-safe.
+    Invariant: every slot is free or of one entry; a key leads to at most one entry; an entry that
+    no key leads to has users. Not thread-safe.
 
     Parameters
     ----------

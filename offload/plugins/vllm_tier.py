@@ -15,7 +15,8 @@ import numpy as np
 from offload.config import format_size, parse_size
 from offload.errors import ConfigError
 from offload.plugins.batch import Batch, Row
-from offload.plugins.block_store import BlockStats, BlockStore
+from offload.plugins.block_store import BlockStore
+from offload.plugins.mover import BlockStats
 from offload.plugins.namespace import Namespace
 
 try:
@@ -31,7 +32,8 @@ try:
     from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 except ImportError as error:
     raise ConfigError(
-        f"offload.plugins.vllm_tier is loaded by vLLM 0.29 to 0.33, and cannot be without it: {error}"
+        "offload.plugins.vllm_tier is loaded by vLLM 0.29 to 0.33, and cannot be without it: "
+        f"{error}"
     ) from error
 
 _METRIC = "vllm:kv_offload_disk_"
@@ -42,7 +44,10 @@ _COUNTERS = {
     "num_corrupt": ("blocks_corrupt", "Blocks found damaged, and set aside."),
     "num_failed": ("blocks_failed", "Blocks that the disk refused to write or read."),
     "num_given_up": ("blocks_given_up", "Blocks that missed the deadline of the disk tier."),
-    "num_refused": ("blocks_refused", "Blocks not stored: no room in use by nobody, or disk hangs."),
+    "num_refused": (
+        "blocks_refused",
+        "Blocks not stored: no room in use by nobody, or disk hangs.",
+    ),
 }
 _RESULT_FIELDS = frozenset(field.name for field in dataclasses.fields(JobResult))
 

@@ -1,7 +1,7 @@
 """A process that is vLLM's own tiering manager over our tier, and no GPU.
 
-Run by ``tests/integration/test_vllm_tier.py`` with an unpacked vLLM in ``PYTHONPATH``; it prints one
-line of JSON. Everything but the engine's configuration is vLLM's: the factory that loads the tier by
+Run by ``tests/integration/test_vllm_tier.py`` with an unpacked vLLM in ``PYTHONPATH``; it prints
+one line of JSON. Everything but the configuration is vLLM's own: the factory that loads the tier by
 name, the CPU tier in shared memory, and the manager that cascades, promotes and counts references.
 """
 
@@ -108,7 +108,7 @@ class Driver:
         output = self.call(self.manager.prepare_store, keys, context)
         if output is not None and output.keys_to_store:
             places = getattr(output.store_spec, self._chunk_ids)
-            wanted = {key: number for key, number in zip(keys, numbers, strict=True)}
+            wanted = dict(zip(keys, numbers, strict=True))
             for key, place in zip(output.keys_to_store, places, strict=True):
                 self._memory[int(place)] = content(wanted[key], self._memory.shape[1])
             self.call(self.manager.complete_store, list(output.keys_to_store), context)
