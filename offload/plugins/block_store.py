@@ -22,7 +22,7 @@ from offload.tiers.syscalls import VectoredCall
 _LOG = logging.getLogger(__name__)
 
 _OPENING_S = 600.0
-"""Longest wait for the headers of a store that is opened: 500 GiB of them take seconds."""
+"""Longest wait for the headers of a store that is opened: a fraction of a millisecond each."""
 
 
 class BlockStore:
@@ -30,13 +30,13 @@ class BlockStore:
 
     What is loaded is what was stored under that name in the same namespace, or it is not loaded.
     Nothing blocks but opening, ``drain`` and ``close``: stores and loads are submitted, run on a
-    few threads, and are over after ``deadline_s`` at the latest. A disk that has not answered for so
-    long is left alone until it does: nothing is found, nothing stored. Any thread may call any
+    few threads, and are over after ``deadline_s`` at the latest. A disk that has not answered for
+    so long is left alone until it does: nothing is found, nothing stored. Any thread may call any
     method.
 
     A block that cannot be read is forgotten; if it is damaged a copy is set aside. Nothing is
-    synced: a killed process loses only what was being written, a power cut may lose more, and checksums
-    tell. Other processes cannot open the namespace at the same time.
+    synced: a killed process loses only what was being written, a power cut may lose more, and
+    checksums tell. Other processes cannot open the namespace at the same time.
 
     Parameters
     ----------

@@ -66,8 +66,8 @@ class OffloadHiCache(HiCacheStorage):  # type: ignore[misc]  # SGLang is not ins
             raise ConfigError(f"extra_config of the SGLang backend lacks {', '.join(missing)}")
         if storage_config.is_mla_model and storage_config.tp_size > 1:
             raise ConfigError(
-                f"{storage_config.tp_size} ranks of a model with MLA read the pages of one of "
-                "them, and a store of blocks belongs to one process; use one rank, or another backend"
+                f"{storage_config.tp_size} ranks of a model with MLA read the pages of one rank, "
+                "and a store of blocks belongs to one process: use one rank or another backend"
             )
         self._root = Path(extra["root"]).expanduser()
         self._quota_bytes = parse_size(extra["quota"])
