@@ -62,6 +62,7 @@ class Driver:
         noun = "chunk" if "num_chunks" in known else "block"
         count = {f"num_{noun}s": primary_chunks}
         region = SharedOffloadRegion(**sizes, **count, **{f"kv_bytes_per_{noun}": row_bytes})
+        os.unlink(region.mmap_path)  # else a killed process leaves it behind; it stays mapped
         primary = CPUPrimaryTierOffloadingManager(mmap_region=region, **count)
         view = primary.get_kv_memoryview()
         settings = {
