@@ -108,6 +108,21 @@ def check_header(header: memoryview, fmt: RecordFormat, info: ChunkInfo) -> Stor
     return _stored(header, found, fmt, info)
 
 
+def read_info(header: memoryview, fmt: RecordFormat) -> ChunkInfo:
+    """Return which chunk a header page of this format is of.
+
+    Raises
+    ------
+    CorruptChunk
+        The page is no header, is damaged, or is of another model or format.
+    """
+    found = _FIELDS.unpack_from(_check_page(header, "unknown chunk"))
+    layer, first_token, chunk_id = found[8:11]
+    info = ChunkInfo(chunk_id, layer, first_token)
+    check_header(header, fmt, info)
+    return info
+
+
 def verify(header: memoryview, payload: memoryview, fmt: RecordFormat, info: ChunkInfo) -> Stored:
     """Verify a whole record.
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = ("kernels", "tiers", "index", "prefetch")
 SUBPACKAGES = (
-    *("bench", "evals", "sessions", "sparse", "video"),
+    *("bench", "evals", "plugins", "sessions", "sparse", "video"),
     *("daemon", "daemon/http", "daemon/ops", "daemon/work"),
 )
 """Folders inside ``offload/`` itself."""
@@ -91,6 +91,9 @@ OPTIONAL = {"PIL", "av", "llvmlite", "matplotlib", "numba", "triton"} | {
     "cryptography",
     # The remote tier.
     "obstore",
+    # Engines that load a plug-in.
+    "sglang",
+    "vllm",
 }
 
 MAX_LINES = 400
