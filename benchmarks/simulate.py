@@ -1,0 +1,239 @@
+"""Does the simulator say what the daemon's engine does? One trace, replayed by both.
+
+    python -m benchmarks.simulate [--sessions 20] [--rounds 3] [--faster 1 6] [--json FILE]
+
+The simulator gets rates that are measured apart from the replay, before and after each: prompts
+alone, answers alone, saves and restores of idle sessions.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from offload.bench.provenance import read_provenance
+from offload.bench.sim_ask import Heard, ask
+from offload.bench.sim_cluster import simulate
+from offload.bench.sim_machine import Box
+from offload.bench.sim_measure import CAPACITY, Timings, fit_box, measure_timings
+from offload.bench.sim_result import SimResult
+from offload.bench.sim_trace import Trace, TraceRequest
+from offload.bench.sim_workload import Workload, synthesize
+from offload.cli_progress import count_progress
+from offload.daemon.engine import DaemonEngine
+from offload.daemon.engine_settings import EngineSettings, SessionSettings
+from offload.daemon.served_model import ServedModel, load_served_model
+
+_BLOCK_TOKENS: Final = 16
+_IDLE_S: Final = (3.0, 6.0)
+"""After which a session leaves the device, and memory."""
+
+_TICK_S: Final = 0.25
+"""The engine looks for such sessions twice a second: so much later on average."""
+
+_BAR: Final = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What both are compared by."""
+
+    total_s: float
+    output_tokens_per_s: float
+    hit_tokens_device: float
+    hit_tokens_host: float
+    hit_tokens_disk: float
+    hit_tokens: float
+    ttft_median_s: float
+    ttft_mean_s: float
+    tbt_mean_s: float
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Replay, simulate, and say how far apart they are."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--sessions", type=int, default=20)
+    parser.add_argument("--faster", type=float, nargs="+", default=[1.0, 6.0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    trace = synthesize(_workload(options.sessions), options.seed, _BLOCK_TOKENS)
+    measured = {speed: list[Figures]() for speed in options.faster}
+    model, timings, loads = load_served_model(), list[Timings](), list[float]()
+    with tempfile.TemporaryDirectory() as name, count_progress("simulate", "parts") as tell:
+        folder, total = Path(name), 1 + options.rounds * (1 + len(measured))
+        timings.append(measure_timings(model, folder))
+        tell(1, total)
+        for number in range(options.rounds):
+            for turn, speed in enumerate(measured):
+                loads.append(os.getloadavg()[0])
+                measured[speed].append(_measure(model, trace.faster(speed), folder))
+                tell(2 + number * (1 + len(measured)) + turn, total)
+            timings.append(measure_timings(model, folder))
+            tell(1 + (number + 1) * (1 + len(measured)), total)
+    box = _as_configured(fit_box(timings))
+    rows = [
+        _compare(speed, found, _simulated(simulate(trace.faster(speed), box)))
+        for speed, found in measured.items()
+    ]
+    for row in rows:
+        _show(row)
+    if options.json is not None:
+        found = {
+            **asdict(read_provenance()),
+            "loads": loads,
+            "requests": len(trace.requests),
+            "box": box.to_json(),
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _workload(sessions: int) -> Workload:
+    return Workload(
+        sessions=sessions,
+        sessions_per_s=0.25,
+        turns=6.0,
+        think_s=8.0,
+        first_tokens=1200.0,
+        more_tokens=120.0,
+        output_tokens=60.0,
+        system_prompts=2,
+        system_tokens=512,
+        max_tokens=8192,
+    )
+
+
+def _as_configured(box: Box) -> Box:
+    to_host_s, to_disk_s = _IDLE_S
+    return replace(box, idle_to_host_s=to_host_s + _TICK_S, idle_to_disk_s=to_disk_s + _TICK_S)
+
+
+def _measure(model: ServedModel, trace: Trace, folder: Path) -> Figures:
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        sessions = SessionSettings(
+            persist="write_through", idle_to_host_s=_IDLE_S[0], idle_to_disk_s=_IDLE_S[1]
+        )
+        settings = EngineSettings(Path(own), capacity=CAPACITY, min_free_bytes=0, sessions=sessions)
+        engine = DaemonEngine(model, settings)
+        engine.start()
+        try:
+            return _figures(asyncio.run(_replay(engine, trace)))
+        finally:
+            engine.close()
+
+
+async def _replay(engine: DaemonEngine, trace: Trace) -> list[Heard]:
+    turns: dict[int, list[TraceRequest]] = {}
+    for request in trace.requests:
+        turns.setdefault(request.session, []).append(request)
+    begin_s = time.monotonic()
+    found = await asyncio.gather(
+        *(_converse(engine, trace, each, begin_s) for each in turns.values())
+    )
+    return [heard for each in found for heard in each]
+
+
+async def _converse(
+    engine: DaemonEngine, trace: Trace, turns: list[TraceRequest], begin_s: float
+) -> list[Heard]:
+    """Ask one turn after the other, with the answers that came as part of the next prompt."""
+    ids: tuple[int, ...] = ()
+    found = []
+    for request in turns:
+        tokens = tuple(_tokens(request, trace.block_tokens))
+        ids = (*ids, *tokens[len(ids) :])
+        await asyncio.sleep(max(0.0, begin_s + request.arrival_s - time.monotonic()))
+        heard = await ask(engine, ids, f"session-{request.session}", request.output_tokens)
+        ids = (*ids, *heard.tokens)
+        found.append(heard)
+    return found
+
+
+def _tokens(request: TraceRequest, block_tokens: int) -> Iterator[int]:
+    """Yield tokens that are equal where blocks have equal names."""
+    left = request.input_tokens
+    for block in request.block_ids:
+        generator = torch.Generator().manual_seed(block)
+        yield from torch.randint(32, 127, (block_tokens,), generator=generator).tolist()[:left]
+        left -= block_tokens
+
+
+def _figures(found: Sequence[Heard]) -> Figures:
+    begin_s = min(each.asked_s for each in found)
+    total_s = max(each.token_s[-1] for each in found) - begin_s
+    cached = [each.started.cached for each in found if each.started is not None]
+    return Figures(
+        total_s=total_s,
+        output_tokens_per_s=sum(len(each.tokens) for each in found) / total_s,
+        hit_tokens_device=sum(each.device for each in cached),
+        hit_tokens_host=sum(each.host for each in cached),
+        hit_tokens_disk=sum(each.disk for each in cached),
+        hit_tokens=sum(each.total for each in cached),
+        ttft_median_s=statistics.median(each.first_s for each in found),
+        ttft_mean_s=statistics.fmean(each.first_s for each in found),
+        tbt_mean_s=statistics.fmean(gap for each in found for gap in each.gaps_s),
+    )
+
+
+def _simulated(result: SimResult) -> Figures:
+    hits = {
+        tier: sum(each.hits[tier] for each in result.outcomes)
+        for tier in ("device", "host", "disk")
+    }
+    num_gaps = sum(count for _, count in result.gaps)
+    return Figures(
+        total_s=result.span_s,
+        output_tokens_per_s=result.output_tokens_per_s,
+        hit_tokens_device=hits["device"],
+        hit_tokens_host=hits["host"],
+        hit_tokens_disk=hits["disk"],
+        hit_tokens=sum(hits.values()),
+        ttft_median_s=statistics.median(each.ttft_s for each in result.outcomes),
+        ttft_mean_s=statistics.fmean(each.ttft_s for each in result.outcomes),
+        tbt_mean_s=sum(gap * count for gap, count in result.gaps) / num_gaps,
+    )
+
+
+def _compare(speed: float, found: Sequence[Figures], simulated: Figures) -> dict[str, Any]:
+    figures = {}
+    for name, value in asdict(simulated).items():
+        values = [float(getattr(each, name)) for each in found]
+        middle = statistics.median(values)
+        figures[name] = {
+            "measured": middle,
+            "least": min(values),
+            "most": max(values),
+            "simulated": value,
+            "error": value / middle - 1 if middle else 0.0,
+        }
+    return {"faster": speed, "figures": figures}
+
+
+def _show(row: dict[str, Any]) -> None:
+    table = Table(title=f"{row['faster']:g} times as fast as the trace", title_justify="left")
+    for column in ("figure", "measured", "least", "most", "simulated", "error", ""):
+        table.add_column(column, justify="left" if column == "figure" else "right")
+    for name, each in row["figures"].items():
+        values = (each[key] for key in ("measured", "least", "most", "simulated"))
+        is_good = abs(each["error"]) <= _BAR
+        marks = (f"{each['error']:+.1%}", "" if is_good else "above the bar")
+        table.add_row(name, *(f"{value:.4g}" for value in values), *marks)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
