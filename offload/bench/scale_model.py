@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from offload.bench.sim_machine import TIERS, Box
+from offload.bench.sim_trace import MOONCAKE_BLOCK_TOKENS
 from offload.bench.sim_workload import Workload
 from offload.errors import ConfigError
 
@@ -29,6 +30,8 @@ class Turn:
         Of the system's prompt, which are taken to be on the device.
     reused_tokens : float
         Of what the session's last turn left; 0 in first turns.
+    new_tokens : float
+        Written for others to read: all that any prompt of a session has, once.
     more : float
         Share of turns that another follows.
     think_s : float
@@ -38,6 +41,7 @@ class Turn:
     output_tokens: float
     shared_tokens: float
     reused_tokens: float
+    new_tokens: float
     more: float
     think_s: float
 
@@ -47,21 +51,25 @@ class Turn:
         return self.input_tokens + self.output_tokens - self.shared_tokens
 
 
-def mean_turn(workload: Workload) -> Turn:
+def mean_turn(workload: Workload, block_tokens: int = MOONCAKE_BLOCK_TOKENS) -> Turn:
     """Return the mean turn, as if sessions ended only by chance.
 
     Of all turns of sessions with a geometric number of turns, mean N, the mean number of turns
-    before is N - 1; among those that have any it is N.
+    before is N - 1; among those that have any it is N. Only whole blocks are found again: half a
+    block is lost on average.
     """
     more = 1 - 1 / workload.turns
     grows = workload.output_tokens + workload.more_tokens
     begins = workload.system_tokens + workload.first_tokens
     kept = begins - workload.system_tokens + workload.turns * grows - workload.more_tokens
+    kept -= block_tokens / 2
+    lasts = workload.first_tokens + (workload.turns - 1) * grows
     return Turn(
         input_tokens=begins + (workload.turns - 1) * grows,
         output_tokens=workload.output_tokens,
         shared_tokens=workload.system_tokens,
         reused_tokens=more * kept,
+        new_tokens=(lasts - block_tokens / 2) / workload.turns,
         more=more,
         think_s=workload.think_s,
     )
@@ -126,7 +134,7 @@ def demands_s(box: Box, turn: Turn, hits: Mapping[str, float]) -> dict[str, floa
     prefill_s += box.prefill_token_s * computed
     prefill_s += box.prefill_pair_s * computed * (known + computed / 2)
     decode_s = turn.output_tokens * box.step_s(rows, rows * context) / rows
-    written = turn.input_tokens + turn.output_tokens - known
+    written = turn.new_tokens
     disk_s = hits["disk"] * box.token_bytes / box.disk_read_bytes_per_s
     disk_s += written * box.token_bytes / box.disk_write_bytes_per_s * (box.disk_bytes > 0)
     return {

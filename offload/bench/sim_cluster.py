@@ -106,7 +106,7 @@ class _Cluster:
         """Go on until nothing happens any more; return what was counted."""
         counts: list[Counts] = []
         for time_s in window_s or ():
-            self._at(time_s, lambda now_s: counts.append(self._count()))
+            self._at(time_s, lambda now_s: counts.append(self._count(now_s)))
         for turns in self._turns.values():
             turns.reverse()
             self._ask(turns.pop(), -math.inf)
@@ -117,7 +117,7 @@ class _Cluster:
         if window_s is None:
             begin_s = min(each.arrival_s for each in outcomes)
             window_s = begin_s, max(each.end_s for each in outcomes)
-            counts = [Counts(), self._count()]
+            counts = [Counts(), self._count(window_s[1])]
         begin_s, end_s = window_s
         return SimResult(
             num_boxes=self._num_boxes,
@@ -133,12 +133,13 @@ class _Cluster:
         links = {name: [mover.links[name] for mover in self._movers] for name in LINKS}
         return links | {name: [link] for name, link in self._store.links.items()}
 
-    def _count(self) -> Counts:
+    def _count(self, now_s: float) -> Counts:
         """Add up what every box has done so far."""
         links = self._links()
         work = {"compute": sum(engine.work_s for engine in self._engines)}
         return Counts(
-            work | {name: sum(each.busy_s for each in every) for name, every in links.items()},
+            work
+            | {name: sum(each.busy_s(now_s) for each in every) for name, every in links.items()},
             {name: sum(each.num_bytes for each in every) for name, every in links.items()},
             {name: sum(each.num_operations for each in every) for name, every in links.items()},
         )

@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from offload.bench.sim_machine import Box
 from offload.bench.sim_mover import Mover
@@ -27,6 +27,7 @@ class SimJob:
     context: int = 0
     missing: int = 0
     remaining: int = 0
+    on_host: set[int] = field(default_factory=set)
 
     @property
     def is_reading(self) -> bool:
@@ -113,7 +114,11 @@ class SimEngine:
             count = 1 if reading else min(_MOST_STEPS, *(job.remaining for job in answering))
         context = sum(job.context + 1 for job in answering)
         self._steps = _Steps(end_s, answering, context, count)
-        self._note_gap(end_s - now_s + self._elapsed_s(self._steps, min(count, 1)), len(had))
+        step_s = self._elapsed_s(self._steps, min(count, 1))
+        self._note_gap(end_s - now_s + step_s, len(had))
+        # Of a prompt that has just ended, the first token came before this step.
+        begun = sum(not math.isnan(job.outcome.first_s) for job in answering)
+        self._note_gap(step_s, begun - len(had))
         self._end_at(end_s + self._elapsed_s(self._steps, count))
 
     def _admit(self, now_s: float) -> float:
@@ -130,7 +135,7 @@ class SimEngine:
             self.work_s += box.request_s
             end_s += box.request_s
             ready_s = self._mover.load(found, end_s)
-            self._mover.use(request.block_ids[: len(found)], now_s)
+            job.on_host = self._mover.use(request.block_ids, found, now_s)
             if box.is_blocking or ready_s <= end_s:
                 end_s = max(end_s, ready_s)
                 self._running.append(job)
@@ -233,7 +238,7 @@ class SimEngine:
     def _finish(self, job: SimJob, now_s: float) -> float:
         """Let a job go, and write what it leaves; return when computing can go on."""
         self._running.remove(job)
-        saved_s, count = self._mover.save(job.kept_ids, now_s)
+        saved_s, count = self._mover.save(job.kept_ids, job.on_host, now_s)
         job.outcome.end_s = now_s
         if self._box.is_blocking and count:
             now_s = saved_s + self._box.write_s

@@ -50,6 +50,8 @@ class Box:
     is_blocking : bool
         Nothing is computed while blocks are read and written, as in the daemon's engine; else they
         move beside computation.
+    attends_on_host : bool
+        Blocks on the host are attended to where they are, as on a CPU; else they are moved up.
     is_choosy : bool
         Blocks are computed again where reading them would take longer.
     """
@@ -82,6 +84,7 @@ class Box:
     idle_to_host_s: float | None = None
     idle_to_disk_s: float | None = None
     is_blocking: bool = False
+    attends_on_host: bool = False
     is_choosy: bool = True
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ _PROMPTS: Final = (256, 1024, 4096)
 _BATCHES: Final = (1, 2, 4, 8)
 _CONTEXTS: Final = (512, 2048)
 _MORE: Final = (16, 128, 384)
-_STEPS: Final = 24
+_STEPS: Final = 48
 _NUM_FITS: Final = 4
 _LEAST_S: Final = 1e-9
 
@@ -215,6 +215,7 @@ def fit_box(found: Sequence[Timings]) -> Box:
         decode_row_s=row_s,
         decode_context_s=context_s,
         is_blocking=True,
+        attends_on_host=True,
         is_choosy=False,
     )
 

@@ -63,12 +63,22 @@ class Mover:
         """Bring blocks to the device; return when they are there."""
         return max(self._read(tier, found.count(tier), now_s) for tier in TIERS)
 
-    def use(self, blocks: Sequence[int], now_s: float) -> None:
-        """Note that blocks are used, in every tier."""
-        for tier in self.tiers.values():
-            tier.use(blocks, now_s)
+    def use(self, blocks: Sequence[int], found: Sequence[str], now_s: float) -> set[int]:
+        """Note that blocks are used, in every tier that gets them.
 
-    def save(self, blocks: Sequence[int], now_s: float) -> tuple[float, int]:
+        Returns
+        -------
+        set of int
+            Blocks that stay on the host although they are used.
+        """
+        on_host = set[int]()
+        if self._box.attends_on_host:
+            on_host = {block for block, tier in zip(blocks, found, strict=False) if tier == "host"}
+            self.tiers["device"].drop(on_host)
+        self._touch(blocks[: len(found)], on_host, now_s)
+        return on_host
+
+    def save(self, blocks: Sequence[int], on_host: set[int], now_s: float) -> tuple[float, int]:
         """Write what lower tiers lack; return when it is there, and the disk's share in blocks."""
         ends, counts = [now_s], {}
         for tier in TIERS[1:]:
@@ -76,8 +86,13 @@ class Mover:
             lacking = [each for each in blocks if not self.tiers[tier].has(each, now_s)]
             counts[tier] = len(lacking) if is_there else 0
             ends.append(self._write(tier, counts[tier], now_s))
-        self.use(blocks, now_s)
+        self._touch(blocks, on_host, now_s)
         return max(ends), counts["disk"]
+
+    def _touch(self, blocks: Sequence[int], on_host: set[int], now_s: float) -> None:
+        for name, tier in self.tiers.items():
+            is_all = name != "device" or not on_host
+            tier.use(blocks if is_all else (each for each in blocks if each not in on_host), now_s)
 
     def _read(self, tier: str, count: int, now_s: float) -> float:
         if not count or tier == "device":

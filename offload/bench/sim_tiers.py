@@ -9,15 +9,12 @@ class Link:
 
     Attributes
     ----------
-    busy_s : float
-        Time of service given so far.
-    num_bytes : int
-        Moved so far.
-    num_operations : int
+    num_bytes, num_operations : int
+        Of all that has come so far, served or still waiting.
     """
 
     def __init__(self) -> None:
-        self.busy_s = 0.0
+        self._taken_s = 0.0
         self.num_bytes = 0
         self.num_operations = 0
         self._free_s = 0.0
@@ -26,12 +23,16 @@ class Link:
         """Return when something that comes now is served."""
         return max(now_s, self._free_s)
 
+    def busy_s(self, now_s: float) -> float:
+        """Return the time of service that was given until now."""
+        return max(0.0, self._taken_s - max(0.0, self._free_s - now_s))
+
     def use(
         self, now_s: float, service_s: float, num_bytes: int = 0, num_operations: int = 1
     ) -> float:
         """Queue something; return when it is done."""
         self._free_s = self.begin_s(now_s) + service_s
-        self.busy_s += service_s
+        self._taken_s += service_s
         self.num_bytes += num_bytes
         self.num_operations += num_operations
         return self._free_s
@@ -63,6 +64,11 @@ class BlockTier:
         if used_s is None:
             return False
         return self._most_idle_s is None or now_s - used_s <= self._most_idle_s
+
+    def drop(self, blocks: Iterable[int]) -> None:
+        """Have blocks here no more."""
+        for block in blocks:
+            self._used_s.pop(block, None)
 
     def use(self, blocks: Iterable[int], now_s: float) -> None:
         """Have blocks here, used now; others leave for them."""
