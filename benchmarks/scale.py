@@ -42,7 +42,7 @@ WORKLOAD: Final = Workload(
 )
 _LOADS: Final = (0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
 _BOXES: Final = (1, 10, 100, 1000)
-_MOST_SIMULATED: Final = 100
+_MOST_SIMULATED: Final = 20
 """Boxes; more are simulated by so many, which share as much less of the store."""
 
 _IO_BYTES: Final = 256 << 10
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     total = 2 * (len(_LOADS) + len(_BOXES)) + 7
     with count_progress("scale", "simulations") as progress:
         count = iter(range(1, total + 1))
-        run = _Run(150.0 if options.quick else 1200.0, lambda: progress(next(count), total))
+        run = _Run(150.0 if options.quick else 2400.0, lambda: progress(next(count), total))
         tables = {
             "What a turn asks of a box": _demand_rows(turn),
             "One box under load": [row for name in BOXES for row in _load_rows(name, turn, run)],
@@ -140,8 +140,8 @@ def _load_rows(name: str, turn: Turn, run: _Run) -> Table:
     rows = []
     for load in _LOADS:
         found = run.simulate(box, load * most)
-        hits = hit_tokens(box, turn, load * most)
         done = len(found.outcomes) / found.span_s
+        hits = hit_tokens(box, turn, done)
         needs = demands_s(box, turn, hits)
         rows.append(
             {
@@ -152,9 +152,9 @@ def _load_rows(name: str, turn: Turn, run: _Run) -> Table:
                 "hits": f"{sum(found.hit_share.values()):.0%}",
                 "formula": f"{sum(hits.values()) / turn.input_tokens:.0%}",
                 "compute": f"{found.utilisation['compute']:.2f}",
-                "formula ": f"{load * most * needs['compute']:.2f}",
+                "formula ": f"{done * needs['compute']:.2f}",
                 "disk": f"{found.utilisation['disk']:.2f}",
-                "formula  ": f"{load * most * needs['disk']:.2f}",
+                "formula  ": f"{done * needs['disk']:.2f}",
                 "first token p50, p99 s": f"{found.ttft_s(0.5):.2f}, {found.ttft_s(0.99):.2f}",
                 "next p50, p99 ms": f"{1e3 * found.tbt_s(0.5):.0f}, {1e3 * found.tbt_s(0.99):.0f}",
             }
@@ -170,8 +170,7 @@ def _box_rows(name: str, turn: Turn, run: _Run) -> Table:
         limit, part = most_turns_per_s(box, turn, count)
         few = min(count, _MOST_SIMULATED)
         shared = replace(box, store_bytes_per_s=_STORE_BYTES_PER_S * few / count)
-        brief = replace(run, seconds=run.seconds if few < 100 else run.seconds / 3)
-        found = brief.simulate(shared, 0.8 * most, few)
+        found = run.simulate(shared, 0.8 * most, few)
         rate = count / few
         disk = rate * found.bytes_per_s["disk"]
         rows.append(
@@ -278,13 +277,13 @@ def _panels(tables: dict[str, Table]) -> list[Panel]:
     panels = []
     for name in BOXES:
         rows = [row for row in tables["One box under load"] if row["model"] == name]
-        loads = [float(row["load"].rstrip("%")) / 100 for row in rows]
+        loads = [float(row["turns/s"]) for row in rows]
         columns = (("compute", "compute"), ("compute, formula", "formula "), ("disk", "disk"))
         curves = {
             label: [(load, float(row[column])) for load, row in zip(loads, rows, strict=True)]
             for label, column in (*columns, ("disk, formula", "formula  "))
         }
-        label = "load, as a share of what the formula says is the most"
+        label = "turns per second"
         panels.append(Panel(f"{name}: parts of one box", label, "utilisation", curves))
     waits, tokens = {}, {}
     for name in BOXES:
@@ -292,7 +291,7 @@ def _panels(tables: dict[str, Table]) -> list[Panel]:
         for number, which in enumerate(("p50", "p99")):
             waits[f"{name} {which}"] = [
                 (
-                    float(row["load"].rstrip("%")) / 100,
+                    float(row["turns/s"]),
                     float(row["first token p50, p99 s"].split(",")[number]),
                 )
                 for row in rows
@@ -302,7 +301,9 @@ def _panels(tables: dict[str, Table]) -> list[Panel]:
             tokens[f"{name} {column}"] = [
                 (_number(row["boxes"]), max(_number(row[column]), 1e-2)) for row in rows
             ]
-    panels.append(Panel("time to the first token", "load", "s", waits, has_log_y=True))
+    panels.append(
+        Panel("time to the first token", "turns per second and box", "s", waits, has_log_y=True)
+    )
     panels.append(Panel("all boxes", "boxes", "", tokens, has_log_x=True, has_log_y=True))
     return panels
 

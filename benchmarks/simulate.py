@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from offload.bench.provenance import read_provenance
-from offload.bench.sim_ask import Heard, ask
+from offload.bench.sim_ask import Clock, Heard, ask, engine_clock
 from offload.bench.sim_cluster import simulate
+from offload.bench.sim_fit import CAPACITY, fit_box
 from offload.bench.sim_machine import Box
-from offload.bench.sim_measure import CAPACITY, fit_box, measure_timings
+from offload.bench.sim_measure import measure_timings
 from offload.bench.sim_result import SimResult
 from offload.bench.sim_trace import Trace, TraceRequest
 from offload.bench.sim_workload import Workload, synthesize
@@ -79,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--faster", type=float, nargs="+", default=[1.0, 4.0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=7)
+    text = "time the engine's thread instead of the wall; for replays in which it never rests"
+    parser.add_argument("--cpu-time", action="store_true", help=text)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -87,13 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name, count_progress("simulate", "replays") as tell:
         total = options.rounds * len(options.faster)
         model, folder = load_served_model(), Path(name)
-        before = measure_timings(model, folder)
+        before = measure_timings(model, folder, is_cpu_time=options.cpu_time)
         for number in range(total):
             speed = options.faster[number % len(options.faster)]
             replayed = trace.faster(speed)
-            measured = _measure(model, replayed, folder)
+            measured = _measure(model, replayed, folder, is_cpu_time=options.cpu_time)
             load = os.getloadavg()[0]
-            after = measure_timings(model, folder)
+            after = measure_timings(model, folder, is_cpu_time=options.cpu_time)
             box = _as_configured(fit_box([before, after]))
             simulated = _simulated(simulate(replayed, box))
             rounds.append(_Round(speed, load, measured, simulated, box))
@@ -132,7 +135,7 @@ def _as_configured(box: Box) -> Box:
     return replace(box, idle_to_host_s=to_host_s + _TICK_S, idle_to_disk_s=to_disk_s + _TICK_S)
 
 
-def _measure(model: ServedModel, trace: Trace, folder: Path) -> Figures:
+def _measure(model: ServedModel, trace: Trace, folder: Path, *, is_cpu_time: bool) -> Figures:
     with tempfile.TemporaryDirectory(dir=folder) as own:
         sessions = SessionSettings(
             persist="write_through", idle_to_host_s=_IDLE_S[0], idle_to_disk_s=_IDLE_S[1]
@@ -141,24 +144,25 @@ def _measure(model: ServedModel, trace: Trace, folder: Path) -> Figures:
         engine = DaemonEngine(model, settings)
         engine.start()
         try:
-            return _figures(asyncio.run(_replay(engine, trace)))
+            clock = engine_clock() if is_cpu_time else time.monotonic
+            return _figures(asyncio.run(_replay(engine, trace, clock)))
         finally:
             engine.close()
 
 
-async def _replay(engine: DaemonEngine, trace: Trace) -> list[Heard]:
+async def _replay(engine: DaemonEngine, trace: Trace, clock: Clock) -> list[Heard]:
     turns: dict[int, list[TraceRequest]] = {}
     for request in trace.requests:
         turns.setdefault(request.session, []).append(request)
     begin_s = time.monotonic()
     found = await asyncio.gather(
-        *(_converse(engine, trace, each, begin_s) for each in turns.values())
+        *(_converse(engine, trace, each, begin_s, clock) for each in turns.values())
     )
     return [heard for each in found for heard in each]
 
 
 async def _converse(
-    engine: DaemonEngine, trace: Trace, turns: list[TraceRequest], begin_s: float
+    engine: DaemonEngine, trace: Trace, turns: list[TraceRequest], begin_s: float, clock: Clock
 ) -> list[Heard]:
     """Ask one turn after the other, with the answers that came as part of the next prompt."""
     ids: tuple[int, ...] = ()
@@ -167,7 +171,7 @@ async def _converse(
         tokens = tuple(_tokens(request, trace.block_tokens))
         ids = (*ids, *tokens[len(ids) :])
         await asyncio.sleep(max(0.0, begin_s + request.arrival_s - time.monotonic()))
-        heard = await ask(engine, ids, f"session-{request.session}", request.output_tokens)
+        heard = await ask(engine, ids, f"session-{request.session}", request.output_tokens, clock)
         ids = (*ids, *heard.tokens)
         found.append(heard)
     return found

@@ -48,6 +48,7 @@ class _Steps:
     jobs: list[SimJob]
     context: int
     count: int
+    more_s: float
 
 
 class SimEngine:
@@ -86,6 +87,7 @@ class SimEngine:
         self._is_busy = False
         self._version = 0
         self._token_s = 0.0
+        self._has_moved = False
 
     def add(self, job: SimJob, now_s: float) -> None:
         """Take a request."""
@@ -113,7 +115,9 @@ class SimEngine:
         if answering:
             count = 1 if reading else min(_MOST_STEPS, *(job.remaining for job in answering))
         context = sum(job.context + 1 for job in answering)
-        self._steps = _Steps(end_s, answering, context, count)
+        more_s = self._box.moved_context_s * context if reading or self._has_moved else 0.0
+        self._steps = _Steps(end_s, answering, context, count, more_s)
+        self._has_moved = False
         step_s = self._elapsed_s(self._steps, min(count, 1))
         self._note_gap(end_s - now_s + step_s, len(had))
         # Of a prompt that has just ended, the first token came before this step.
@@ -181,7 +185,8 @@ class SimEngine:
 
     def _elapsed_s(self, steps: _Steps, count: int) -> float:
         rows = len(steps.jobs)
-        return count * self._box.step_s(rows, steps.context + rows * (count - 1) / 2)
+        steps_s = count * self._box.step_s(rows, steps.context + rows * (count - 1) / 2)
+        return steps_s + steps.more_s * (count > 0)
 
     def _full_s(self, steps: _Steps) -> float:
         """Return the share of a step that it would be if there were as many answers as can be."""
@@ -225,7 +230,7 @@ class SimEngine:
 
     def _apply(self, steps: _Steps) -> None:
         first_s, took_s = (self._elapsed_s(steps, count) for count in (1, steps.count))
-        self.work_s += self._full_s(steps) * steps.count
+        self.work_s += self._full_s(steps) * steps.count + steps.more_s
         rest = steps.count - 1
         if rest:
             self._note_gap((took_s - first_s) / rest, rest * len(steps.jobs))
@@ -238,6 +243,7 @@ class SimEngine:
     def _finish(self, job: SimJob, now_s: float) -> float:
         """Let a job go, and write what it leaves; return when computing can go on."""
         self._running.remove(job)
+        self._has_moved = True
         saved_s, count = self._mover.save(job.kept_ids, job.on_host, now_s)
         job.outcome.end_s = now_s
         if self._box.is_blocking and count:

@@ -34,9 +34,10 @@ class Box:
     prefill_s, prefill_token_s, prefill_pair_s : float
         A piece of n tokens after c others takes ``prefill_s + prefill_token_s * n +
         prefill_pair_s * n * (c + n / 2)``.
-    decode_s, decode_row_s, decode_context_s : float
+    decode_s, decode_row_s, decode_context_s, moved_context_s : float
         A step of b answers with t tokens of context together takes ``decode_s + decode_row_s * b +
-        decode_context_s * t``.
+        decode_context_s * t``, and ``moved_context_s * t`` more if another request's keys and
+        values have moved since the last: then all addresses are looked up again.
     request_s, write_s : float
         Work of the engine for each request, and for saving what it leaves, whatever the lengths.
     piece_tokens : int
@@ -75,6 +76,7 @@ class Box:
     prefill_pair_s: float = 0.0
     decode_row_s: float = 0.0
     decode_context_s: float = 0.0
+    moved_context_s: float = 0.0
     request_s: float = 0.0
     write_s: float = 0.0
     piece_tokens: int = 512

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from offload.bench.sim_fit import fit_costs
 from offload.bench.sim_machine import BOXES
-from offload.bench.sim_measure import fit_costs
 from offload.cli import main
 
 SMALL = ("bench", "simulate", "--synthetic", "sessions=20", "think_s=3")
