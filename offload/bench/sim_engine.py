@@ -185,8 +185,12 @@ class SimEngine:
 
     def _elapsed_s(self, steps: _Steps, count: int) -> float:
         rows = len(steps.jobs)
-        steps_s = count * self._box.step_s(rows, steps.context + rows * (count - 1) / 2)
-        return steps_s + steps.more_s * (count > 0)
+        if not count:
+            return 0.0
+        context = steps.context + rows * (count - 1) / 2
+        moved = count - 1 if steps.more_s else count
+        steps_s = count * self._box.step_s(rows, context) + moved * self._box.moved_s(rows, context)
+        return steps_s + steps.more_s
 
     def _full_s(self, steps: _Steps) -> float:
         """Return the share of a step that it would be if there were as many answers as can be."""

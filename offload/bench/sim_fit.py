@@ -94,7 +94,8 @@ def fit_costs(timings: Sequence[Timing]) -> tuple[float, ...]:
     """
     amounts = np.array([work for work, _ in timings])
     seconds = np.array([took for _, took in timings])
-    weights = 1 / seconds
+    # An event that was heard late may seem to have taken no time.
+    weights = 1 / np.maximum(seconds, seconds.mean() / 100)
     for _ in range(_NUM_FITS):
         costs = _least_squares(amounts * weights[:, None], seconds * weights)
         weights = 1 / np.maximum(amounts @ costs, _LEAST_S)

@@ -24,7 +24,7 @@ from offload.daemon.served_model import ServedModel
 from offload.errors import ConfigError
 
 _PROMPTS: Final = (256, 1024, 4096)
-_BATCHES: Final = (1, 2, 4, 8)
+_BATCHES: Final = (1, 4, 8, 16)
 _CONTEXTS: Final = (512, 2048)
 _MORE: Final = (16, 128, 384)
 _STEPS: Final = 48
