@@ -1,23 +1,26 @@
-"""``offload bench``: how fast this machine is with each cache, and what a faulty disk does."""
+"""``offload bench``: speed of this machine with each cache, faulty disks, and many machines."""
 
 import argparse
 from typing import Final
 
-from offload.bench import cli_soak, cli_speed
+from offload.bench import cli_simulate, cli_soak, cli_speed
 
 _KINDS: Final = {
     "attention": cli_speed,
     "decode": cli_speed,
     "suite": cli_speed,
     "soak": cli_soak,
+    "simulate": cli_simulate,
 }
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the subcommand."""
-    parser = subparsers.add_parser("bench", help="measure speed, or try out a faulty disk")
+    parser = subparsers.add_parser(
+        "bench", help="measure speed, try out a faulty disk, or simulate many machines"
+    )
     kinds = parser.add_subparsers(dest="bench", metavar="bench", required=True)
-    for module in (cli_speed, cli_soak):
+    for module in (cli_speed, cli_soak, cli_simulate):
         module.add_parsers(kinds)
 
 
