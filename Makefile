@@ -1,9 +1,8 @@
 # Every target works on a fresh clone; .venv/ is made and kept up to date by tools/setup_env.py.
 PYTHON ?= python3
 VENV := .venv/bin/python
-JOBS ?= 3
-# The tests run in JOBS processes, one thread each, so that results do not depend on the cores. More than
-# the two cores that they are meant for, because a third of their time they wait for disks and processes.
+JOBS ?= 2
+# The tests run in JOBS processes, one thread each, so that results do not depend on the cores.
 test fault gpu: export OMP_NUM_THREADS = 1
 
 .PHONY: setup lock lint check test fault gpu bench demo wheel clean
