@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,13 +21,9 @@ from offload.daemon.requests import (
     Started,
     Token,
 )
-from tests.support.daemon import Stepped, greedy, recall, settings_in, tiny
+from tests.support.daemon import Stepped, greedy, recall, sampled, settings_in, tiny
 
 DOCUMENT = [3 + i * 31 % 90 for i in range(100)]
-
-
-def sampled(**changes: Any) -> Sampling:
-    return Sampling(**{"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **changes})
 
 
 @pytest.fixture

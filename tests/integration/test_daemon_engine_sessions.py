@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,18 +12,11 @@ from offload.daemon.errors import (
     QuotaExceeded,
     UnknownSession,
 )
-from offload.daemon.requests import (
-    Sampling,
-)
 from offload.daemon.served_model import serve
-from tests.support.daemon import Stepped, greedy, recall, settings_in, tiny
+from tests.support.daemon import Stepped, greedy, recall, sampled, settings_in, tiny
 from tests.support.models import make_model
 
 DOCUMENT = [3 + i * 31 % 90 for i in range(100)]
-
-
-def sampled(**changes: Any) -> Sampling:
-    return Sampling(**{"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **changes})
 
 
 @pytest.fixture

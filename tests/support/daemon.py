@@ -1,6 +1,7 @@
 """An engine of the daemon over tiny models, run turn by turn on the test's own thread."""
 
 import asyncio
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Sequence
@@ -52,6 +53,11 @@ def settings_in(path: Path, **changes: Any) -> EngineSettings:
         "min_free_bytes": 0,
     }
     return EngineSettings(path, **{**defaults, **changes}, sessions=SessionSettings(**sessions))
+
+
+def sampled(**changes: Any) -> Sampling:
+    """Return ``GREEDY`` with changes."""
+    return dataclasses.replace(GREEDY, **changes)
 
 
 def request(ids: Sequence[int], tenant: str = "ann", **changes: Any) -> GenerationRequest:

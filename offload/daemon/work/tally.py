@@ -1,7 +1,7 @@
 """What the engine counts, on its own thread."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from offload.daemon.requests import CachedTokens
 from offload.daemon.state import Totals
@@ -43,23 +43,7 @@ class Tally:
 
     def totals(self) -> Totals:
         """Return a copy that nobody changes."""
-        return Totals(
-            requests=self.requests,
-            cancelled=self.cancelled,
-            failed=self.failed,
-            prompt_tokens=self.prompt_tokens,
-            computed_tokens=self.computed_tokens,
-            generated_tokens=self.generated_tokens,
-            cached=self.cached,
-            prefill_s=self.prefill_s,
-            decode_s=self.decode_s,
-            prefill_s_saved=self.cached.total * self.prefill_s_per_token,
-            restores=self.restores,
-            restored_bytes=self.restored_bytes,
-            persists=self.persists,
-            persisted_bytes=self.persisted_bytes,
-            failed_persists=self.failed_persists,
-            evictions=dict(self.evictions),
-            misses=dict(self.misses),
-            preemptions=self.preemptions,
-        )
+        counts = {each.name: getattr(self, each.name) for each in fields(self)}
+        copies = {"evictions": dict(self.evictions), "misses": dict(self.misses)}
+        saved_s = self.cached.total * self.prefill_s_per_token
+        return Totals(**counts | copies, prefill_s_saved=saved_s)
