@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 JOBS ?= 2
 # The tests run in JOBS processes, one thread each, so that results do not depend on the cores.
-test fault gpu: export OMP_NUM_THREADS = 1
+test fault gpu ray: export OMP_NUM_THREADS = 1
 
-.PHONY: setup lock lint check test fault gpu bench demo wheel clean
+RAY_PYTHON := .venv-ray/bin/python
+
+.PHONY: setup lock lint check test fault gpu ray bench demo wheel clean
 
 setup:  ## make or update .venv (asks nothing, does nothing if it is up to date)
 	@$(PYTHON) tools/setup_env.py
@@ -31,6 +33,10 @@ fault: setup  ## what happens when disks fill, lie or hang
 gpu: setup  ## the tests that need a CUDA device
 	$(VENV) -m pytest -m gpu
 
+ray: setup  ## the tests that need Ray Serve, in an environment of their own
+	$(VENV) tools/ray_env.py
+	OFFLOAD_TEST_RAY=$(CURDIR)/$(RAY_PYTHON) $(VENV) -m pytest -rP tests/integration/test_ray.py
+
 bench: setup  ## every benchmark at its quick size; results go to benchmarks/results/
 	@set -e; for name in $(basename $(notdir $(wildcard benchmarks/*.py))); do \
 		echo "benchmarks.$$name"; $(VENV) -m benchmarks.$$name; done
@@ -42,4 +48,4 @@ wheel: setup  ## build, install into a clean environment, look at what a user ge
 	$(VENV) tools/check_wheel.py
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-ray build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,8 +7,9 @@ Layers of the 8B shape, nothing of whose keys and values is kept in memory:
 * ``instinfer:dense``: storage-side workers attend to every token.
 * ``instinfer:BUDGET:...``: SparF.
 
-Reads bypass the page cache. Each is compared with ``flexgen`` on the same disk, in turns; pairs are
-measured one after the other, because each holds a copy of the keys and values.
+Reads bypass the page cache. ``--memory-share`` gives both sides as much memory: streaming keeps
+chunks in it, workers channels and tokens. Each is compared with ``flexgen`` on the same disk, in
+turns; pairs are measured one after the other, because each holds a copy of the keys and values.
 
     python -m benchmarks.instinfer [--batch N ...] [--context N] [--layers N] [--json FILE]
 """
@@ -16,7 +17,7 @@ measured one after the other, because each holds a copy of the keys and values.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -45,7 +46,10 @@ class Row:
     times_as_fast: float
     low: float
     high: float
+    memory_share: float | None
+    query_cosine: float
     disk_mib: float
+    streaming_disk_mib: float
     bus_kb_per_token_and_layer: float
     error: float | None
 
@@ -54,21 +58,34 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     """Run every cell with every contender."""
     for batch in options.batch:
         for contender in options.contenders:
-            settings = BenchSettings(
-                contexts=(options.context,),
-                batches=(batch,),
-                num_layers=options.layers,
-                contenders=("flexgen", contender),
-                steps=options.steps,
-                rounds=options.rounds,
-                context_kind=options.context_kind,
-                disk_path=options.disk_path,
-            )
+            settings = _settings(options, batch, contender)
             benchmark = Benchmark(settings)
             title = f"batch {batch}, {contender}"
             with tqdm(total=benchmark.num_steps, unit="step", desc=title) as bar:
                 streaming, ours = benchmark.run(bar.update)
             yield _row(streaming, ours)
+
+
+def _settings(options: argparse.Namespace, batch: int, contender: str) -> BenchSettings:
+    """Return what is measured of one pair, both with the same memory if there is any."""
+    settings = BenchSettings(
+        contexts=(options.context,),
+        batches=(batch,),
+        num_layers=options.layers,
+        contenders=("flexgen", contender),
+        steps=options.steps,
+        rounds=options.rounds,
+        context_kind=options.context_kind,
+        correlation=options.correlation,
+        ram_shares=(options.memory_share,),
+        disk_path=options.disk_path,
+    )
+    if options.memory_share is None:
+        return settings
+    [cell] = settings.cells()
+    memory_bytes = int(options.memory_share * settings.kv_bytes(cell))
+    ours = f"{contender}:memory={memory_bytes}"
+    return replace(settings, contenders=("flexgen", ours))
 
 
 def _row(streaming: BenchRow, ours: BenchRow) -> Row:
@@ -84,7 +101,10 @@ def _row(streaming: BenchRow, ours: BenchRow) -> Row:
         ours.ratio,
         ours.ratio_low,
         ours.ratio_high,
+        ours.ram_share,
+        ours.query_cosine,
         (ours.disk_bytes or 0.0) / 2**20,
+        (streaming.disk_bytes or 0.0) / 2**20,
         ours.bus_bytes / ours.batch / ours.num_layers / 1e3,
         ours.error_median,
     )
@@ -105,7 +125,7 @@ def report(rows: Sequence[Row]) -> Table:
             f"{row.tokens_per_s:.2f}",
             f"{row.streaming_tokens_per_s:.2f}",
             f"{row.times_as_fast:.2f} ({row.low:.2f}-{row.high:.2f})",
-            f"{row.disk_mib:.1f}",
+            f"{row.disk_mib:.1f} / {row.streaming_disk_mib:.0f}",
             f"{row.bus_kb_per_token_and_layer:.1f}",
             "–" if row.error is None else f"{row.error:.3f}",
         )
@@ -121,6 +141,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--contenders", nargs="+", default=_CONTENDERS)
+    parser.add_argument("--memory-share", type=float, help="of the KV, in memory; both get it")
+    parser.add_argument("--correlation", type=float, default=0.9, help="of successive queries")
     parser.add_argument("--context-kind", default="topics")
     parser.add_argument("--disk-path", type=Path, help="where the disk tier writes")
     parser.add_argument("--json", type=Path, help="write all figures")

@@ -45,13 +45,13 @@ class Hits:
         return self.ids >= 0
 
     def first(self, counts: Tensor) -> "Hits":
-        """Return the first hits of each head.
+        """Return the first hits of each head, all of them where there are fewer.
 
         Parameters
         ----------
         counts : Tensor, int64 [num_heads]
         """
-        most = int(counts.max())
+        most = min(int(counts.max()), self.ids.shape[1])
         places = torch.arange(most, device=counts.device)
         kept = places < counts.unsqueeze(1)
         return replace(self, ids=torch.where(kept, self.ids[:, :most], NO_TOKEN))

@@ -70,29 +70,35 @@ def decode(
     ``is_done`` is False for payloads with another header, or with codes of what is not finite.
     """
     num_tokens, key_dim, value_dim = shape
-    dim = key_dim + value_dim
-    wide = np.empty((num_tokens, dim), np.float32)
+    wide = np.empty((num_tokens, key_dim + value_dim), np.float32)
     for unit in range(len(payloads)):
-        payload = payloads[unit]
-        exponents = payload[2:6].view(np.int16)
-        is_done[unit] = (
-            payload[0] == 1
-            and payload[1] == 0
-            and payload[6] == 0
-            and payload[7] == 0
-            and min(exponents[0], exponents[1]) >= _LEAST_EXPONENT
-            and max(exponents[0], exponents[1]) <= _MOST_EXPONENT
-            and _are_finite(payload[_HEADER_BYTES:])
-        )
-        if not is_done[unit]:
-            continue
+        is_done[unit] = unpack(payloads[unit], key_dim, wide)
+        if is_done[unit]:
+            narrow(wide.ravel(), kind, rows[unit])
+
+
+@njit(nogil=True, cache=True)
+def unpack(payload: Bytes, key_dim: int, wide: Floats) -> np.bool_:
+    """Set the float32 rows ``[num_tokens, row_dim]`` of one payload; False as ``decode`` says."""
+    num_tokens, dim = wide.shape
+    exponents = payload[2:6].view(np.int16)
+    is_done: np.bool_ = (
+        payload[0] == 1
+        and payload[1] == 0
+        and payload[6] == 0
+        and payload[7] == 0
+        and min(exponents[0], exponents[1]) >= _LEAST_EXPONENT
+        and max(exponents[0], exponents[1]) <= _MOST_EXPONENT
+        and _are_finite(payload[_HEADER_BYTES:])
+    )
+    if is_done:
         by_key, by_value = _power(exponents[0]), _power(exponents[1])
         for token in range(num_tokens):
             start = _HEADER_BYTES + token * dim
             codes = payload[start : start + dim]
             _decode_row(codes[:key_dim], by_key, wide[token, :key_dim])
             _decode_row(codes[key_dim:], by_value, wide[token, key_dim:])
-        narrow(wide.ravel(), kind, rows[unit])
+    return is_done
 
 
 @njit(nogil=True, cache=True)

@@ -18,6 +18,7 @@ from offload.kernels.cpu_codec_rows import (
     widen,
 )
 from offload.kernels.cpu_intrinsics import as_bits, as_float, from_half, to_half
+from offload.kernels.cpu_unpack import scale_keys, scale_values
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -70,17 +71,25 @@ def decode(
     """Undo ``encode``; parameters as of ``cpu_codec_kivi.decode``."""
     num_tokens, key_dim, value_dim = shape
     wide = np.empty((num_tokens, key_dim + value_dim), np.float32)
-    scales = np.empty((-(-num_tokens // _GROUP), key_dim), np.float32)
-    value_scales = np.empty((num_tokens, -(-value_dim // _GROUP)), np.float32)
     for unit in range(len(payloads)):
-        payload = payloads[unit]
-        is_plain = payload[0] == 1 and payload[1] == 0 and payload[2] == 0 and payload[3] == 0
-        keys_are_plain, place = _load_scales(payload, _HEADER_BYTES, scales.ravel())
-        values_are_plain, place = _load_scales(payload, place, value_scales.ravel())
-        is_done[unit] = is_plain and keys_are_plain and values_are_plain
+        is_done[unit] = unpack(payloads[unit], key_dim, wide)
         if is_done[unit]:
-            _decode_rows(payload[place:].view(np.int8), scales, value_scales, wide)
             narrow(wide.ravel(), kind, rows[unit])
+
+
+@njit(nogil=True, cache=True)
+def unpack(payload: Bytes, key_dim: int, wide: Floats) -> np.bool_:
+    """Set the float32 rows ``[num_tokens, row_dim]`` of one payload; False as ``decode`` says."""
+    num_tokens, dim = wide.shape
+    scales = np.empty((-(-num_tokens // _GROUP), key_dim), np.float32)
+    value_scales = np.empty((num_tokens, -(-(dim - key_dim) // _GROUP)), np.float32)
+    is_plain = payload[0] == 1 and payload[1] == 0 and payload[2] == 0 and payload[3] == 0
+    keys_are_plain, place = _load_scales(payload, _HEADER_BYTES, scales.ravel())
+    values_are_plain, place = _load_scales(payload, place, value_scales.ravel())
+    is_done: np.bool_ = is_plain and keys_are_plain and values_are_plain
+    if is_done:
+        _decode_rows(payload[place:].view(np.int8), scales, value_scales, wide)
+    return is_done
 
 
 @njit(nogil=True, cache=True)
@@ -143,13 +152,33 @@ def _encode_rows(
 def _decode_rows(
     codes: NDArray[np.int8], scales: Floats, value_scales: Floats, wide: Floats
 ) -> None:
-    dim = wide.shape[1]
+    dim, key_dim = wide.shape[1], scales.shape[1]
+    if key_dim % 16 == 0 and dim % 16 == 0:
+        _scale_rows(codes, scales, value_scales, wide)
+        return
     own_scales = np.empty(dim, np.float32)
     for token in range(len(wide)):
         _spread(scales[token // _GROUP], value_scales[token], own_scales)
         row, own = wide[token], codes[token * dim : (token + 1) * dim]
         for i in range(dim):
             row[i] = F32(own[i]) * own_scales[i]
+
+
+@njit(nogil=True, cache=True)
+def _scale_rows(
+    codes: NDArray[np.int8], scales: Floats, value_scales: Floats, wide: Floats
+) -> None:
+    """Do what ``_decode_rows`` does, 16 channels at a time, which both widths are a multiple of."""
+    num_tokens, dim = wide.shape
+    key_dim, num_groups = scales.shape[1], value_scales.shape[1]
+    # Signed: numba adds unsigned and signed integers as floats.
+    code, row = np.int64(codes.ctypes.data), np.int64(wide.ctypes.data)
+    scale, value_scale = np.int64(scales.ctypes.data), np.int64(value_scales.ctypes.data)
+    for token in range(num_tokens):
+        own = scale + 4 * key_dim * (token // _GROUP)
+        scale_keys(code, key_dim // 16, own, row)
+        scale_values(code + key_dim, (dim - key_dim) // 16, value_scale, row + 4 * key_dim)
+        code, row, value_scale = code + dim, row + 4 * dim, value_scale + 4 * num_groups
 
 
 @njit(nogil=True, cache=True)

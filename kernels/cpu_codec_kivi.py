@@ -18,6 +18,12 @@ from offload.kernels.cpu_codec_rows import (
     widen,
 )
 from offload.kernels.cpu_intrinsics import from_half, sortable, to_half, unsortable
+from offload.kernels.cpu_unpack import (
+    unpack_keys_2,
+    unpack_keys_4,
+    unpack_values_2,
+    unpack_values_4,
+)
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -88,24 +94,32 @@ def decode(
     """
     num_tokens, key_dim, value_dim = shape
     wide = np.empty((num_tokens, key_dim + value_dim), np.float32)
-    scales = np.empty((-(-num_tokens // _GROUP), key_dim), np.float32)
-    value_scales = np.empty((num_tokens, -(-value_dim // _GROUP)), np.float32)
-    zeros, value_zeros = np.empty_like(scales), np.empty_like(value_scales)
     for unit in range(len(payloads)):
-        payload = payloads[unit]
-        is_plain = payload[0] == 1
-        for i in range(1, _HEADER_BYTES):
-            is_plain &= payload[i] == 0
-        place = _HEADER_BYTES
-        keys_are_plain, place = _load_scales(payload, place, scales.ravel(), zeros.ravel())
-        values_are_plain, place = _load_scales(
-            payload, place, value_scales.ravel(), value_zeros.ravel()
-        )
-        is_done[unit] = is_plain and keys_are_plain and values_are_plain
+        is_done[unit] = unpack(num_bits, payloads[unit], key_dim, wide)
         if is_done[unit]:
-            codes = payload[place:]
-            _decode_rows(codes, num_bits, scales, zeros, value_scales, value_zeros, wide)
             narrow(wide.ravel(), kind, rows[unit])
+
+
+@njit(nogil=True, cache=True)
+def unpack(num_bits: int, payload: Bytes, key_dim: int, wide: Floats) -> np.bool_:
+    """Set the float32 rows ``[num_tokens, row_dim]`` of one payload; False as ``decode`` says."""
+    num_tokens, dim = wide.shape
+    scales = np.empty((-(-num_tokens // _GROUP), key_dim), np.float32)
+    value_scales = np.empty((num_tokens, -(-(dim - key_dim) // _GROUP)), np.float32)
+    zeros, value_zeros = np.empty_like(scales), np.empty_like(value_scales)
+    is_plain = payload[0] == 1
+    for i in range(1, _HEADER_BYTES):
+        is_plain &= payload[i] == 0
+    place = _HEADER_BYTES
+    keys_are_plain, place = _load_scales(payload, place, scales.ravel(), zeros.ravel())
+    values_are_plain, place = _load_scales(
+        payload, place, value_scales.ravel(), value_zeros.ravel()
+    )
+    is_done: np.bool_ = is_plain and keys_are_plain and values_are_plain
+    if is_done:
+        codes = payload[place:]
+        _decode_rows(codes, num_bits, scales, zeros, value_scales, value_zeros, wide)
+    return is_done
 
 
 @njit(nogil=True, cache=True)
@@ -199,6 +213,9 @@ def _decode_rows(
 ) -> None:
     key_dim = zeros.shape[1]
     key_width, width = _widths(wide.shape[1], key_dim, num_bits)
+    if key_dim * num_bits % 128 == 0 and width % 16 == 0 and wide.shape[1] * num_bits % 128 == 0:
+        _unpack_rows(codes, num_bits, scales, zeros, value_scales, value_zeros, wide)
+        return
     own_zeros = np.empty(wide.shape[1] - key_dim, np.float32)
     own_scales = np.empty_like(own_zeros)
     for token in range(len(wide)):
@@ -208,6 +225,40 @@ def _decode_rows(
         _spread(value_scales[token], own_scales)
         _spread(value_zeros[token], own_zeros)
         _decode_row(own[key_width:], num_bits, own_scales, own_zeros, row[key_dim:])
+
+
+@njit(nogil=True, cache=True)
+def _unpack_rows(
+    codes: Bytes,
+    num_bits: int,
+    scales: Floats,
+    zeros: Floats,
+    value_scales: Floats,
+    value_zeros: Floats,
+    wide: Floats,
+) -> None:
+    """Do what ``_decode_rows`` does, 16 channels at a time, which both widths are a multiple of."""
+    num_tokens, dim = wide.shape
+    key_dim, num_groups = zeros.shape[1], value_zeros.shape[1]
+    steps = key_dim * num_bits // 128
+    value_steps = (dim - key_dim) * num_bits // 128
+    # Signed: numba adds unsigned and signed integers as floats.
+    code, row = np.int64(codes.ctypes.data), np.int64(wide.ctypes.data)
+    first_scale, first_zero = np.int64(scales.ctypes.data), np.int64(zeros.ctypes.data)
+    value_scale = np.int64(value_scales.ctypes.data)
+    value_zero = np.int64(value_zeros.ctypes.data)
+    for token in range(num_tokens):
+        group = 4 * key_dim * (token // _GROUP)
+        scale, zero = first_scale + group, first_zero + group
+        value_code, value = code + 16 * steps, row + 4 * key_dim
+        if num_bits == 4:
+            unpack_keys_4(code, steps, scale, zero, row)
+            unpack_values_4(value_code, value_steps, value_scale, value_zero, value)
+        else:
+            unpack_keys_2(code, steps, scale, zero, row)
+            unpack_values_2(value_code, value_steps, value_scale, value_zero, value)
+        code, row = value_code + 16 * value_steps, row + 4 * dim
+        value_scale, value_zero = value_scale + 4 * num_groups, value_zero + 4 * num_groups
 
 
 @njit(inline="always")

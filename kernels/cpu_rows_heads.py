@@ -70,10 +70,10 @@ def attend_heads(
                     place, inside = place + 1, 0
             if count == 0:
                 break
-            _score(asked, rows[:count], row_bytes, kind, weights)
+            score_rows(asked, rows[:count], row_bytes, kind, weights)
             for q in range(num_queries):
-                _rescale(weights[q, :count], peak, total, q, own[q])
-            _add(weights, rows[:count], key_dim * item, kind, own)
+                rescale(weights[q, :count], peak, total, q, own[q])
+            add_rows(weights, rows[:count], key_dim * item, kind, own)
         for q in range(num_queries):
             lse[head, q] = peak[q] + F32(math.log(total[q])) if total[q] > 0 else F32(-np.inf)
             if total[q] > 0:
@@ -81,7 +81,7 @@ def attend_heads(
 
 
 @njit(nogil=True, cache=True)
-def _score(
+def score_rows(
     query: NDArray[np.float32],
     rows: NDArray[np.int64],
     row_bytes: int,
@@ -118,7 +118,7 @@ def _score(
 
 
 @njit(nogil=True, cache=True, fastmath=FLOATS)
-def _rescale(
+def rescale(
     logits: NDArray[np.float32],
     peak: NDArray[np.float32],
     total: NDArray[np.float32],
@@ -143,7 +143,7 @@ def _rescale(
 
 
 @njit(nogil=True, cache=True)
-def _add(
+def add_rows(
     weights: NDArray[np.float32],
     rows: NDArray[np.int64],
     offset: int,

@@ -49,11 +49,13 @@ class OffloadedCache(Cache):
     max_wait_us : float, optional
         Longest wait of a layer, at each step, for what a sparse policy reads from the disk; what is
         late is estimated. By default everything is waited for.
-    codec : str
+    codec : str or mapping of str to str
         How the disk stores keys and values: ``"raw"``, the lossless ``"bf16x"``, or ``"int8"``,
         ``"fp8"``, ``"kivi4"``, ``"kivi2"`` (``docs/codecs.md``); ``"auto"`` measures the disk and
         encodes as much as makes reading faster, without loss for a policy that reads everything.
-        ``"importance"``: chunks that leave memory in the fewer bits, the less they matter.
+        ``"importance"``: chunks that leave memory in the fewer bits, the less they matter. A
+        mapping says it per tier: with ``{"cpu": "kivi4"}`` the host holds codes, two to five times
+        as many tokens, and attends to them as they are.
     placement : str
         ``"first"``: chunks stay in the tier they were put in. ``"mass"`` and others, for sparse
         policies: those that get attention come up from the disk (``docs/placement.md``).
@@ -87,7 +89,7 @@ class OffloadedCache(Cache):
         budget: float | int | None = None,
         error: float | None = None,
         max_wait_us: float | None = None,
-        codec: str = "raw",
+        codec: str | Mapping[str, str] = "raw",
         placement: str = "first",
         capacity: Mapping[str, int | str] | None = None,
         disk_path: str | Path | Sequence[str | Path] | None = None,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from offload.table import ChunkTable
 from offload.tiers.base import Tier
-from offload.tiers.memory import MemoryTier
+from offload.tiers.pooled import PooledTier
 from offload.tiers.transfer import CompletedTransfer, Transfer
 from offload.types import ChunkId
 from offload.write_queue import settle
@@ -38,7 +38,7 @@ def start_read(
         level = min(entry.slots, default=None)
         if entry.pending is not None:
             target.copy_(entry.pending)
-        elif level is not None and isinstance(tiers[level], MemoryTier):
+        elif level is not None and isinstance(tiers[level], PooledTier):
             tiers[level].read([entry.slots[level]], [entry.info], [target])
         else:
             from_disk.append(i)

@@ -18,7 +18,7 @@ OPTIONS: Final = (
 )
 """Of ``offload serve``: the option, the key that it sets, and how it is shown."""
 
-_EXTRA: Final = "the daemon needs more packages: pip install 'kv-offload[daemon]' ({missing})"
+_EXTRA: Final = "the daemon needs more packages: pip install 'kv-offload[{extra}]' ({missing})"
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +34,14 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def import_daemon(name: str) -> ModuleType:
+def import_daemon(name: str, extra: str = "daemon") -> ModuleType:
     """Return a module of ``offload.daemon``, which need not be installed in full.
+
+    Parameters
+    ----------
+    name : str
+    extra : str
+        What brings the packages that it needs.
 
     Raises
     ------
@@ -47,7 +53,7 @@ def import_daemon(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if str(error.name).startswith("offload"):
             raise
-        raise ConfigError(_EXTRA.format(missing=error.name)) from error
+        raise ConfigError(_EXTRA.format(extra=extra, missing=error.name)) from error
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:

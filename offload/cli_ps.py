@@ -16,8 +16,14 @@ from rich.text import Text
 from offload.cli_client import add_client_options, client_of, printable
 from offload.config import format_size
 
-_COLORS: Final = {"device": "magenta", "host": "cyan", "disk": "yellow", "running": "green"}
-_TIERS: Final = ("device", "host", "disk")
+_COLORS: Final = {
+    "device": "magenta",
+    "host": "cyan",
+    "disk": "yellow",
+    "remote": "blue",
+    "running": "green",
+}
+_TIERS: Final = ("device", "host", "disk", "remote")
 _STRIP_CELLS: Final = 16
 _WIDTH_OF_A_PIPE: Final = 160
 _SPANS: Final = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
@@ -154,7 +160,7 @@ def tier_strip(session: State) -> Text:
     total = sum(session["tokens"].values())
     num_before = 0
     for tier in _TIERS:
-        num_before += session["tokens"][tier]
+        num_before += session["tokens"].get(tier, 0)
         end = round(_STRIP_CELLS * num_before / total) if total else 0
         strip.append("━" * (end - num_cells), _COLORS[tier])
         num_cells = end

@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from offload.engine_config import AUTO, BY_IMPORTANCE, EngineConfig
+from offload.engine_config import AUTO, EngineConfig
 from offload.errors import CapacityError
 from offload.exchange import BUFFERS_EACH, open_exchange
 from offload.in_place import InPlace
@@ -20,10 +20,8 @@ from offload.sparse.row_plan import RowMemory
 from offload.sparse.row_reader import RowReader
 from offload.stats import Counters, RowStats
 from offload.store import ChunkStore
+from offload.tier_codecs import TierCodecs
 from offload.tiers.base import Tier
-from offload.tiers.codec_choice import CodecChoice
-from offload.tiers.codec_importance import UNKNOWN, CodecByImportance
-from offload.tiers.codec_ladder import find_codec
 from offload.tiers.disk import DiskTier
 from offload.tiers.faulty import FaultyTier
 from offload.tiers.memory import MemoryTier
@@ -73,9 +71,7 @@ class Engine:
         self._num_layers = num_layers
         self.disk: DiskTier | None = None
         """The disk tier, if there is one: it can adopt the records of saved sessions."""
-        fixed = {AUTO: "raw", BY_IMPORTANCE: UNKNOWN}.get(config.codec, config.codec)
-        self._codecs = CodecChoice(layout.chunk_tokens, find_codec(fixed))
-        self._importance = CodecByImportance() if config.codec == BY_IMPORTANCE else None
+        self._codecs = TierCodecs(config, layout, sizes.num_write_buffers + sizes.num_exchanges)
         self.near: NearDisk | None = None
         """The disk tier, if it attends."""
         self.in_place: InPlace | None = None
@@ -108,7 +104,8 @@ class Engine:
             assert config.preset.near is not None
             self.in_place = InPlace(self.store, self.near, config.preset.near, config.deadline_s)
         self.exchange = open_exchange(config.placement, self.store, sizes.num_exchanges)
-        reports = [each for each in (self._importance, self.exchange) if each is not None]
+        watching = (self._codecs.importance, self.exchange)
+        reports = [each for each in watching if each is not None]
         sparse = config.preset.sparse
         self.retrieval = (
             None
@@ -313,7 +310,7 @@ class Engine:
             self.layout,
             self.disk,
             self.counters,
-            self._codecs,
+            self._codecs.disk,
             config.scratch.path,
             is_auto=is_auto,
             is_shared=self.device.type == "cpu",
@@ -332,11 +329,13 @@ class Engine:
                 self._host_extra_bytes = buffers * layout.slot_bytes
             if self.device.type == "cuda":
                 self._host_extra_bytes += staging  # the page-locked mirror
+            self._host_extra_bytes += self._codecs.host_bytes
             spare = max(0, capacities["cpu"] - self._host_extra_bytes)
             self._row_memory = self._plan_rows(spare)
             self._host_extra_bytes += self._row_memory.num_bytes
             pool = spare - self._row_memory.num_bytes
-            tiers.append(self._memory_tier("cpu", pool, torch.device("cpu")))
+            coded = self._codecs.open_host(pool, self._num_layers)
+            tiers.append(coded or self._memory_tier("cpu", pool, torch.device("cpu")))
         else:
             self._row_memory = self._plan_rows(None)
         if "disk" in capacities:
@@ -361,7 +360,7 @@ class Engine:
             capacity_bytes=config.capacities["disk"],
             layout=self.layout,
             deadline_s=config.deadline_s,
-            choose_codec=self._importance or self._codecs,
+            choose_codec=self._codecs.choose,
             sealer=config.sealer,
         )
         tier = self.disk if config.faults is None else FaultyTier(self.disk, config.faults)

@@ -40,6 +40,8 @@ class EngineConfig:
         What the disk tier is to suffer, to try out a failing disk.
     codec : str
         How the disk tier stores chunks: a name of ``codec_ladder``, ``AUTO`` or ``BY_IMPORTANCE``.
+    host_codec : str
+        How the host tier holds chunks: ``"raw"``, or a name of ``codec_fixed``.
     placement : str
         A name of ``PLACEMENTS``.
     """
@@ -51,10 +53,15 @@ class EngineConfig:
     deadline_s: float = 120.0
     faults: FaultPlan | None = None
     codec: str = "raw"
+    host_codec: str = "raw"
     placement: str = FIRST
     more_scratch: tuple[ScratchDir, ...] = ()
     remote_url: str | None = None
     sealer: Sealer | None = None
+
+    def codec_of(self, tier: str) -> str:
+        """Return the codec of a tier by its name."""
+        return {"cpu": self.host_codec, "disk": self.codec}.get(tier, "raw")
 
     def close_scratch(self) -> None:
         """Remove the folders of the disk tier."""

@@ -35,7 +35,18 @@ class SessionNotFound(ConfigError, LookupError):
 
 
 class SessionInUse(ConfigError):
-    """A cache, perhaps of another process, has the session open."""
+    """A cache, perhaps of another process, has the session open.
+
+    Parameters
+    ----------
+    message : str
+    left_s : float or None
+        Seconds after which it may be had, if nobody asks for it before; None: nobody knows.
+    """
+
+    def __init__(self, message: str, left_s: float | None = None) -> None:
+        super().__init__(message)
+        self.left_s = left_s
 
 
 class NamespaceMismatch(ConfigError):

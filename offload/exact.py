@@ -64,7 +64,7 @@ class PastChunks:
 
 def attend(
     call: AttentionCall,
-    past: Iterable[PastChunks],
+    past: Iterable[PastChunks | Partial],
     appended: Appended,
     num_past_tokens: int,
     key_dim: int,
@@ -73,11 +73,11 @@ def attend(
 ) -> Tensor:
     """Attend to the past chunks, the tail and the new tokens, and merge.
 
-    Past chunks are attended in the order in which they come; at any time one group of them is on
-    the device besides what lives there. ``call.expand`` is applied to what was cached, not to the
-    new tokens' own keys and values, which the model has expanded itself. ``sparse`` is attention
-    over past chunks that are not among them; ``late`` waits for more of it, and is called when
-    everything else has been attended.
+    Past chunks are attended in the order in which they come, some of them already; at any time one
+    group of them is on the device besides what lives there. ``call.expand`` is applied to what was
+    cached, not to the new tokens' own keys and values, which the model has expanded itself.
+    ``sparse`` is attention over past chunks that are not among them; ``late`` waits for more of it,
+    and is called when everything else has been attended.
 
     Returns
     -------
@@ -95,9 +95,12 @@ def attend(
     if num_tail:
         tail = PastChunks(num_past_tokens, appended.tail.unsqueeze(1))
         parts.append(_attend_cached(call, tail, key_dim, first_query))
-    for chunks in past:
+    for each in past:
         parts = _few(parts)
-        parts.append(_attend_cached(call, chunks, key_dim, first_query))
+        if isinstance(each, Partial):
+            parts.append(each)
+        else:
+            parts.append(_attend_cached(call, each, key_dim, first_query))
     if late is not None:
         parts.append(late())
     if call.sinks is not None:

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from offload.errors import OffloadError, TransferTimeout
 from offload.exchange_choice import ExchangeChoice, Match
+from offload.memory_moves import copy_down
 from offload.placement import FIRST, make_ranking
 from offload.store import ChunkStore
 from offload.tiers.base import ReadsParts
 from offload.tiers.eviction import Ranking
-from offload.tiers.memory import MemoryTier
 from offload.tiers.pool import page_aligned
+from offload.tiers.pooled import PooledTier
 from offload.tiers.transfer import Transfer
 from offload.types import ChunkId, SlotId
 from offload.write_queue import settle
@@ -135,9 +136,9 @@ class ChunkExchange:
 
     def _write(self, chunk: ChunkId, level: int, buffer: Tensor) -> _Copy | None:
         """Begin to write a copy of a chunk in memory to the disk; None: it cannot."""
-        source, entry = self._store.tiers[level], self._store.table[chunk]
-        assert isinstance(source, MemoryTier)
-        buffer.copy_(source.buffer(entry.slots[level]), non_blocking=True)
+        entry = self._store.table[chunk]
+        source = self._store.tiers[level]
+        copy_down(source, entry.slots[level], entry.info, buffer)
         settle()
         slots: list[SlotId] = []
         try:
@@ -206,7 +207,7 @@ def open_exchange(placement: str, store: ChunkStore, num_exchanges: int) -> Chun
     rankings = {
         level: make_ranking(placement, lambda chunk: store.table[chunk].info.layer)
         for level, tier in enumerate(store.tiers)
-        if isinstance(tier, MemoryTier)
+        if isinstance(tier, PooledTier)
     }
     memory = page_aligned(num_exchanges * BUFFERS_EACH * store.layout.slot_bytes)
     return ChunkExchange(store, rankings, memory.view(num_exchanges, BUFFERS_EACH, -1))

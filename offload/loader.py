@@ -1,8 +1,9 @@
 """Fill staging buffers with chunks from whatever tier holds them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from offload.store import ChunkStore
 from offload.table import Entry
 from offload.tiers.memory import MemoryTier
 from offload.tiers.pool import page_aligned
+from offload.tiers.pooled import PooledTier
 from offload.tiers.transfer import FutureTransfer, Transfer
-from offload.types import ChunkId
+from offload.types import ChunkId, ChunkInfo, SlotId
 
 
 class StagingLoader:
@@ -90,6 +92,7 @@ class StagingLoader:
         target, mirror = self._targets[buffer], self._mirrors[buffer]
         copies: list[tuple[Tensor, Tensor]] = []
         lifts: list[tuple[Tensor, Tensor]] = []
+        from_codes: list[Callable[[], object]] = []
         from_disk: list[tuple[Entry, Tensor]] = []
         repeats: list[tuple[Tensor, Tensor]] = []
         first_row: dict[ChunkId, int] = {}
@@ -99,11 +102,13 @@ class StagingLoader:
                 repeats.append((target[row], target[seen]))
                 continue
             entry = self._store.table[chunk]
-            source = self._memory_source(entry)
-            if source is not None:
-                copies.append((target[row], source))
+            memory = self._memory_of(entry)
+            if isinstance(memory, Tensor):
+                copies.append((target[row], memory))
                 continue
-            if entry.pending is None:
+            if memory is not None:
+                from_codes.append(partial(memory, mirror[row]))
+            elif entry.pending is None:
                 from_disk.append((entry, mirror[row]))
             else:
                 # Copied now: the write buffer goes to another chunk once its store has ended.
@@ -114,6 +119,8 @@ class StagingLoader:
         def fill() -> None:
             with self._streams.loading(buffer):
                 _copy(copies)
+                for decode in from_codes:
+                    decode()
                 self._wait_for_disk(reading)
                 if self.buffers is not self._mirror:
                     _copy(lifts)
@@ -121,12 +128,18 @@ class StagingLoader:
 
         return self._executor.submit(fill)
 
-    def _memory_source(self, entry: Entry) -> Tensor | None:
-        """Return the fastest slot of a chunk in a memory tier, counting the move, or None."""
+    def _memory_of(self, entry: Entry) -> Tensor | Callable[[Tensor], object] | None:
+        """Return the bytes of a chunk in memory, or what decodes them into a buffer; None: neither.
+
+        Of the fastest tier that has it; counts the move.
+        """
         for level, tier in enumerate(self._store.tiers):
-            if level in entry.slots and isinstance(tier, MemoryTier):
+            if level in entry.slots and isinstance(tier, PooledTier):
                 self._store.counters.add_loaded(tier.name, tier.slot_bytes)
-                return tier.buffer(entry.slots[level])
+                slot = entry.slots[level]
+                if isinstance(tier, MemoryTier):
+                    return tier.buffer(slot)
+                return partial(_decode, tier, slot, entry.info)
         return None
 
     def _read_disk(self, wanted: Sequence[tuple[Entry, Tensor]]) -> Transfer | None:
@@ -158,7 +171,7 @@ class StagingLoader:
     def _promote(self, group: LoadGroup, buffer: int) -> None:
         store = self._store
         for level, tier in enumerate(store.tiers):
-            if not isinstance(tier, MemoryTier) or not tier.num_free:
+            if not isinstance(tier, PooledTier) or not tier.num_free:
                 continue
             on_device = tier.pool.slab.device.type != "cpu"
             rows = (self.buffers if on_device else self._mirror)[buffer]
@@ -204,6 +217,10 @@ class _Streams:
         """Make compute wait for the load."""
         if self._cuda:
             torch.cuda.current_stream().wait_event(self._filled[buffer])
+
+
+def _decode(tier: PooledTier, slot: SlotId, info: ChunkInfo, out: Tensor) -> None:
+    tier.read([slot], [info], [out])
 
 
 def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:

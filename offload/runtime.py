@@ -4,8 +4,10 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from functools import partial
 
+import numpy as np
 from torch import Tensor
 
+from offload.coded_past import read_codes
 from offload.engine import Engine
 from offload.errors import CapacityError
 from offload.exact import AttentionCall, PastChunks, attend
@@ -16,6 +18,7 @@ from offload.sequence import Appended, LayerSequence, check_states
 from offload.sparse.retrieval import Layer
 from offload.sparse.self_check import ErrorStats
 from offload.stats import CacheStats, TierStats
+from offload.tiers.coded import CodedTier
 from offload.tiers.memory import MemoryTier
 from offload.tiers.pool import grid_view
 from offload.tiers.remote_below import DiskThenRemote
@@ -198,8 +201,11 @@ class Runtime:
 
     def _past(
         self, index: int, call: AttentionCall, appended: Appended, skipped: range
-    ) -> Generator[PastChunks, None, None]:
-        """Yield the past chunks that the call can see: first those in place, then the streamed."""
+    ) -> Generator[PastChunks | Partial, None, None]:
+        """Yield the past chunks that the call can see: first those in place, then the streamed.
+
+        Of those that are encoded in place, attention over them.
+        """
         layout, size = self.engine.layout, self.engine.layout.chunk_tokens
         num_new = 0 if appended.keys is None else appended.keys.shape[2]
         total = appended.num_past_chunks * size + appended.tail.shape[2] + num_new
@@ -210,6 +216,11 @@ class Runtime:
         for run in plan.runs:
             level, slot = slot_at(run.base)
             tier = self.engine.tiers[level]
+            if isinstance(tier, CodedTier):
+                steps = run.strides[1] * np.arange(run.count)
+                slots = slot + run.strides[0] * np.arange(batch)[:, None] + steps
+                yield from read_codes(tier, slots, run.start * size, call, first_query)
+                continue
             assert isinstance(tier, MemoryTier)
             rows = tier.pool.chunks(slot, run.strides, (batch, run.count), layout)
             yield PastChunks(run.start * size, rows)
@@ -273,13 +284,19 @@ def _collect(runtime: Runtime) -> CacheStats:
             tiers |= stats_of_both(tier, table, counters, level)
             continue
         beside = engine.beside_chunks_bytes(tier.name)
+        num_chunks = sum(level in table[chunk].slots for chunk in table)
+        each = engine.layout.chunk_tokens / max(1, len(runtime.layers))
         tiers[tier.name] = TierStats(
             used_bytes=tier.used_bytes + beside,
             peak_bytes=engine.peak_bytes(level),
             capacity_bytes=engine.config.capacities[tier.name],
-            num_chunks=sum(level in table[chunk].slots for chunk in table),
+            num_chunks=num_chunks,
             loaded_bytes=counters.loaded_bytes.get(tier.name, 0),
             stored_bytes=counters.stored_bytes.get(tier.name, 0),
+            codec=engine.config.codec_of(tier.name),
+            ratio=engine.layout.slot_bytes / tier.slot_bytes,
+            num_tokens=int(num_chunks * each),
+            max_tokens=int(tier.num_slots * each),
         )
     errors = ErrorStats() if engine.retrieval is None else engine.retrieval.errors
     asked = counters.prefetched_groups + counters.demanded_groups

@@ -14,11 +14,14 @@ from offload.errors import ConfigError
 from offload.machine import default_capacities, survey
 from offload.placement import FIRST, check_placement
 from offload.presets import Preset, customised
+from offload.tiers.codec_fixed import find_fixed
 from offload.tiers.codec_ladder import find_codec
 from offload.tiers.scratch import ScratchDir, default_parent
 from offload.tiers.sealing import Sealer
 
 TIERS = ("gpu", "cpu", "disk", "remote")
+
+_ENCODING = ("cpu", "disk")
 
 _REMOTE_BYTES = 1 << 40
 """Capacity of an object store unless given: it has no end that could be measured, but a price."""
@@ -31,7 +34,7 @@ class CacheOptions(TypedDict, total=False):
     budget: float | int | None
     error: float | None
     max_wait_us: float | None
-    codec: str
+    codec: str | Mapping[str, str]
     placement: str
     capacity: Mapping[str, int | str] | None
     disk_path: str | Path | Sequence[str | Path] | None
@@ -83,6 +86,28 @@ def check_capacity(
     return {tier: defaults[tier] for tier in tiers}
 
 
+def split_codec(codec: object, tiers: Sequence[str]) -> tuple[str, str]:
+    """Return how the host and the disk encode, or raise ConfigError saying what is wrong.
+
+    One name is the disk's; a mapping names tiers.
+    """
+    if not isinstance(codec, str | Mapping):
+        raise ConfigError(f"codec must be a name, or map 'cpu' and 'disk' to names, not {codec!r}")
+    if isinstance(codec, str):
+        return "raw", codec
+    for tier in codec:
+        if tier not in _ENCODING:
+            raise ConfigError(
+                f"codec names tier {tier!r}; those that encode: {', '.join(_ENCODING)}"
+            )
+        if tier not in tiers:
+            raise ConfigError(f"codec names tier {tier!r}, but the tiers are {list(tiers)}")
+    host, disk = (codec.get(tier, "raw") for tier in _ENCODING)
+    if host != "raw":
+        find_fixed(host)
+    return host, disk
+
+
 def check_codec(codec: str, tiers: Sequence[str], placement: str = FIRST) -> None:
     """Raise ConfigError if there is no such codec, or no tier that could use it."""
     if (codec in (AUTO, BY_IMPORTANCE) or find_codec(codec).number) and "disk" not in tiers:
@@ -123,7 +148,7 @@ def check_paths(disk_path: object, preset: Preset) -> list[Path | None]:
     return [None if path is None else Path(path) for path in paths]
 
 
-def check_near(preset: Preset, tiers: Sequence[str], codec: str) -> None:
+def check_near(preset: Preset, tiers: Sequence[str], *codecs: str) -> None:
     """Raise ConfigError if a preset that attends beside the disk cannot."""
     if preset.near is None:
         return
@@ -132,8 +157,9 @@ def check_near(preset: Preset, tiers: Sequence[str], codec: str) -> None:
             f"policy {preset.name!r} attends beside the disk and needs the tier 'disk'; "
             f"tiers: {list(tiers)}"
         )
-    if codec != "raw":
-        raise ConfigError(f"policy {preset.name!r} reads chunks as they are; codec={codec!r}")
+    for codec in codecs:
+        if codec != "raw":
+            raise ConfigError(f"policy {preset.name!r} reads chunks as they are; codec={codec!r}")
     if "remote" in tiers:
         raise ConfigError(f"policy {preset.name!r} attends beside the disk, not beside 'remote'")
 
@@ -178,7 +204,7 @@ def check_settings(
     capacity: Mapping[str, int | str] | None,
     disk_path: str | Path | Sequence[str | Path] | None,
     chunk_tokens: object,
-    codec: str = "raw",
+    codec: str | Mapping[str, str] = "raw",
     placement: str = FIRST,
     remote_url: str | None = None,
     encrypted: bool = False,
@@ -200,8 +226,9 @@ def check_settings(
         raise ConfigError(f"disk_path={str(disk_path)!r} needs the tier 'disk'; tiers: {names}")
     paths = check_paths(disk_path, preset)
     check_moves(placement, preset, names)
-    check_codec(codec, names, placement)
-    check_near(preset, names, codec)
+    host_codec, disk_codec = split_codec(codec, names)
+    check_codec(disk_codec, names, placement)
+    check_near(preset, names, host_codec, disk_codec)
     check_remote(remote_url, names)
     if encrypted:
         check_encrypted(preset, names)
@@ -213,7 +240,8 @@ def check_settings(
         preset,
         tokens,
         scratches[0],
-        codec=codec,
+        codec=disk_codec,
+        host_codec=host_codec,
         placement=placement,
         more_scratch=tuple(scratch for scratch in scratches[1:] if scratch is not None),
         remote_url=remote_url,

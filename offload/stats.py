@@ -131,6 +131,14 @@ class TierStats:
         Chunks that can be read from the tier now.
     loaded_bytes, stored_bytes : int
         Moved out of it toward the device, and into it, so far.
+    codec : str
+        How its chunks are encoded; ``used_bytes`` are those of codes in memory, and on the disk of
+        whole records, of which codes fill a part.
+    ratio : float
+        Bytes of a chunk in memory by those that it takes in this tier's.
+    num_tokens, max_tokens : int
+        Tokens of all layers in ``num_chunks``, of all rows together, and those that the tier has
+        room for.
     """
 
     used_bytes: int
@@ -139,6 +147,10 @@ class TierStats:
     num_chunks: int
     loaded_bytes: int
     stored_bytes: int
+    codec: str = "raw"
+    ratio: float = 1.0
+    num_tokens: int = 0
+    max_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from offload.chunk_reader import start_read
 from offload.errors import OffloadError
+from offload.memory_moves import copy_down, copy_slot, fill_slots
 from offload.room import describe_room, no_room, second_copies
 from offload.source import ChunkSource, split
 from offload.stats import Counters
 from offload.table import ChunkTable
 from offload.tiers.base import Tier
 from offload.tiers.eviction import EvictionPolicy
-from offload.tiers.memory import MemoryTier
 from offload.tiers.pool import as_chunk, page_aligned
+from offload.tiers.pooled import PooledTier
 from offload.types import ChunkId, ChunkInfo, ChunkLayout, SlotId
 from offload.write_queue import WriteQueue, settle
 
@@ -62,7 +63,7 @@ class ChunkStore:
         self._policies = list(policies)
         self._peaks = [0] * len(self.tiers)
         self._queue: WriteQueue | None = None
-        if not isinstance(self.tiers[-1], MemoryTier):
+        if not isinstance(self.tiers[-1], PooledTier):
             disk = len(self.tiers) - 1
             self._queue = WriteQueue(
                 self.tiers[disk],
@@ -204,7 +205,7 @@ class ChunkStore:
         slots = tier.allocate(1, stream=entry.info.layer)
         tier.write(slots, [entry.info], [content]).wait(self.deadline_s)
         for lower in list(entry.slots):
-            if isinstance(self.tiers[lower], MemoryTier) and chunk not in self.table.protected:
+            if isinstance(self.tiers[lower], PooledTier) and chunk not in self.table.protected:
                 self.drop_copy(chunk, lower)
         self.arrive(chunk, level, slots[0])
         self.counters.add_stored(tier.name, tier.slot_bytes)
@@ -233,7 +234,7 @@ class ChunkStore:
             The tiers below are full. The tier may have shrunk part of the way.
         """
         tier = self.tiers[level]
-        assert isinstance(tier, MemoryTier)
+        assert isinstance(tier, PooledTier)
         tier.pool.shrink(num_slots)
         slot_of = {chunk: self.table[chunk].slots.get(level, -1) for chunk in self.table}
         for chunk in [chunk for chunk, slot in slot_of.items() if slot >= num_slots]:
@@ -304,9 +305,10 @@ class ChunkStore:
         ]
         flat = [chunk for row in ids for chunk in row]
         tier = self.tiers[level]
-        if isinstance(tier, MemoryTier):
+        if isinstance(tier, PooledTier):
             slots = tier.allocate(len(flat), stream=layer)
-            source.fill_slots(tier.pool, slots, self.layout)
+            infos = [self.table[chunk].info for chunk in flat]
+            fill_slots(tier, slots, infos, source, self.layout)
             self.counters.add_stored(tier.name, len(slots) * tier.slot_bytes)
             for chunk, slot in zip(flat, slots, strict=True):
                 self.arrive(chunk, level, slot)
@@ -344,14 +346,12 @@ class ChunkStore:
         """Move a chunk from a memory tier to a slot in ``target``, which has room."""
         entry = self.table[chunk]
         source, tier = self.tiers[level], self.tiers[target]
-        assert isinstance(source, MemoryTier)
-        content = source.buffer(entry.slots[level])
         self.counters.demoted_chunks += target != level
         if any(lower > level for lower in entry.slots):
             self.drop_copy(chunk, level)
-        elif isinstance(tier, MemoryTier):
+        elif isinstance(tier, PooledTier):
             slots = tier.allocate(1, stream=entry.info.layer)
-            tier.write(slots, [entry.info], [content]).wait(self.deadline_s)
+            copy_slot(source, entry.slots[level], entry.info, tier, slots[0])
             self.counters.add_stored(tier.name, tier.slot_bytes)
             self.drop_copy(chunk, level)
             self.arrive(chunk, target, slots[0])
@@ -359,7 +359,7 @@ class ChunkStore:
             assert self._queue is not None
             [buffer] = self._queue.take_buffers(1)
             settle()  # the content may itself be on its way down from a CUDA device
-            buffer.copy_(content, non_blocking=True)
+            copy_down(source, entry.slots[level], entry.info, buffer)
             self._queue.submit([chunk], [buffer])
             self.drop_copy(chunk, level)
 

@@ -17,7 +17,7 @@ class Tier(ABC):
     return from a method, failed ones included.
 
     One thread allocates and frees; transfers run on any thread. A buffer is a 1-D ``uint8`` CPU or
-    device tensor of ``slot_bytes`` bytes, page-aligned where the tier is a disk.
+    device tensor of the ``slot_bytes`` of the layout, page-aligned where the tier is a disk.
 
     Attributes
     ----------
@@ -25,7 +25,7 @@ class Tier(ABC):
     capacity_bytes : int
         Hard limit, every byte the tier occupies included (headers, padding).
     slot_bytes : int
-        Bytes of one slot, a multiple of the page size.
+        Bytes of one slot, a multiple of the page size; of a tier in memory that encodes, fewer.
     """
 
     name: str

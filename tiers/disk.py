@@ -24,7 +24,7 @@ from offload.tiers.record_part import Part
 from offload.tiers.record_parts import first_parts, plan_parts, read_parts
 from offload.tiers.requests import check_buffers, describe, no_record
 from offload.tiers.sealing import Sealer
-from offload.tiers.segment import SegmentTable, locate, slot_at
+from offload.tiers.segment import SegmentTable, locate
 from offload.tiers.segment_files import SegmentFiles
 from offload.tiers.syscalls import VectoredCall
 from offload.tiers.transfer import FutureTransfer, Transfer
@@ -161,7 +161,7 @@ class DiskTier(Tier):
             if self._closed:
                 return  # close gave everything back
             self._forget(slots)
-            freed = self._table.free([slot for slot in slots if self.is_own(slot)])
+            freed = self._table.free(self._adopted.give_back(slots))
             for hole in freed.holes:
                 offset = hole.first * self.record_bytes
                 num_bytes = hole.num_records * self.record_bytes
@@ -192,12 +192,12 @@ class DiskTier(Tier):
         with self._lock:
             self._check_open()
             fmt = RecordFormat(self.layout, fingerprint, sealer)
-            number = self._adopted.number_of(
+            slots = self._adopted.adopt(
                 path,
+                indexes,
                 self._table.reserve_number,
                 lambda: RecordIo(self._files, fmt, *self._calls, self._headers, None, self.meter),
             )
-            slots = [slot_at(number, index) for index in indexes]
             self._written.update(slots)
             return slots
 

@@ -14,12 +14,12 @@ from offload.types import ChunkLayout, SlotId
 
 
 class SlotPool:
-    """Equal, page-aligned slots in one slab, divided between streams, handed out lowest first.
+    """Equal slots in one slab, divided between streams, handed out lowest first.
 
-    The chunks of one layer then lie next to each other in order, so that attention can read them as
-    one strided view. A stream whose share is full may take slots from the others. The slab is
-    address space until it is touched (on a CUDA device it is one allocation); ``num_slots`` may
-    shrink, never grow past the slab.
+    Slots of whole pages are page-aligned. The chunks of one layer lie next to each other in order,
+    so that attention can read them as one strided view. A stream whose share is full may take slots
+    from the others. The slab is address space until it is touched (on a CUDA device it is one
+    allocation); ``num_slots`` may shrink, never grow past the slab.
 
     Invariant: every slot is either free, used, or beyond ``num_slots``. Not thread-safe.
 
@@ -27,7 +27,7 @@ class SlotPool:
     ----------
     num_slots : int
     slot_bytes : int
-        A multiple of the page size.
+        A multiple of the page size, if they are to be page-locked.
     device : torch.device
     pinned : bool
         Page-lock host memory, so that copies to a CUDA device can overlap with compute.

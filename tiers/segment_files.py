@@ -61,6 +61,10 @@ class SegmentFiles:
         """Give a number to a file of somebody else, to be read only."""
         self._paths[segment] = path
 
+    def forget(self, segment: int) -> Path:
+        """Forget the file of a segment, which stays; return it."""
+        return self._paths.pop(segment)
+
     @contextmanager
     def open(self, segment: int, *, writing: bool, direct: bool) -> Iterator[int]:
         """Open the file of a segment, made if it is to be written.

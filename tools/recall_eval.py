@@ -21,7 +21,7 @@ from typing import Final, NamedTuple, cast
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
 from offload.recall_data import (
     MAX_ANSWER_TOKENS,
@@ -148,9 +148,7 @@ def prefill(model: PreTrainedModel, token_ids: Sequence[int]) -> DynamicCache:
 
 
 @torch.inference_mode()
-def answers(
-    model: PreTrainedModel, cache: DynamicCache, document: RecallDocument, fact: Fact
-) -> bool:
+def answers(model: PreTrainedModel, cache: Cache, document: RecallDocument, fact: Fact) -> bool:
     """Whether greedy ``generate`` answers, given the document in ``cache``.
 
     The cache is left as it was: with the document in it, and nothing else.

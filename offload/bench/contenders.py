@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache
 
 from offload import OffloadedCache
 from offload.bench.dense import DenseCache
-from offload.bench.placement import place, streaming
+from offload.bench.placement import near_storage, place, streaming
 from offload.bench.settings import BenchSettings, Cell
 from offload.errors import ConfigError
 from offload.evals.contenders import find_contender
@@ -63,9 +63,13 @@ class Entry:
 
     @property
     def is_on_disk(self) -> bool:
-        """Whether nothing of it is kept in memory."""
-        is_near = self.policy is not None and self.policy.near is not None
-        return self.name == "flexgen" or is_near
+        """Whether nothing of it is kept in memory, but for a share that the cell gives."""
+        return self.name == "flexgen" or self.is_near
+
+    @property
+    def is_near(self) -> bool:
+        """Whether storage-side workers hold it."""
+        return self.policy is not None and self.policy.near is not None
 
     def uses_disk(self, settings: BenchSettings, cell: Cell) -> bool:
         """Whether it keeps anything on disk."""
@@ -78,7 +82,7 @@ class Entry:
     def host_share(self, settings: BenchSettings, cell: Cell) -> float:
         """Return how much host memory it needs, as a share of the bytes of keys and values."""
         if self.uses_disk(settings, cell):
-            return 0.0 if self.is_on_disk else cell.ram_share or 0.0
+            return cell.ram_share or 0.0
         if _has_device(settings) and self.policy is None and self.name != "offloading":
             return 0.0
         return 1.0
@@ -89,7 +93,9 @@ class Entry:
             return _dense(settings, cell)
         if self.policy is None:
             return DynamicCache(config=config, offloading=self.name == "offloading")
-        if self.is_on_disk:
+        if self.is_near:
+            placement = near_storage(settings, cell)
+        elif self.is_on_disk:
             placement = streaming(settings, cell)
         else:
             placement = place(settings, cell, has_device=_has_device(settings))

@@ -58,8 +58,17 @@ def place(settings: BenchSettings, cell: Cell, *, has_device: bool) -> Placement
 
 
 def streaming(settings: BenchSettings, cell: Cell) -> Placement:
-    """Return what holds nothing in memory: chunks are read from disk at every step.
+    """Return what reads chunks from disk at every step: all but the share that the cell gives.
 
     Keys may lie there twice, and the file system is not asked for more than is used.
     """
+    kv_bytes = settings.kv_bytes(cell)
+    disk_bytes = int(2 * kv_bytes) + _BESIDE_BYTES
+    if cell.ram_share is None:
+        return Placement({"disk": disk_bytes})
+    return Placement({"cpu": int(cell.ram_share * kv_bytes), "disk": disk_bytes})
+
+
+def near_storage(settings: BenchSettings, cell: Cell) -> Placement:
+    """Return what keeps nothing in memory but what storage-side workers do."""
     return Placement({"disk": int(2 * settings.kv_bytes(cell)) + _BESIDE_BYTES})

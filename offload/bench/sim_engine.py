@@ -48,7 +48,6 @@ class _Steps:
     jobs: list[SimJob]
     context: int
     count: int
-    more_s: float
 
 
 class SimEngine:
@@ -87,7 +86,6 @@ class SimEngine:
         self._is_busy = False
         self._version = 0
         self._token_s = 0.0
-        self._has_moved = False
 
     def add(self, job: SimJob, now_s: float) -> None:
         """Take a request."""
@@ -96,12 +94,12 @@ class SimEngine:
 
     def _wake(self, now_s: float) -> None:
         if not self._is_busy:
-            self._begin(now_s)
+            self._begin(now_s, now_s)
         elif self._steps is not None and self._steps.count > 1:
             self._cut_short(self._steps, now_s)
 
-    def _begin(self, now_s: float) -> None:
-        """Begin a round, if there is anything to do."""
+    def _begin(self, now_s: float, since_s: float) -> None:
+        """Begin a round, if there is anything to do; the last one's tokens came at ``since_s``."""
         end_s = self._admit(now_s)
         reading = next((job for job in self._running if job.is_reading), None)
         had = [job for job in self._running if not math.isnan(job.outcome.first_s)]
@@ -115,11 +113,9 @@ class SimEngine:
         if answering:
             count = 1 if reading else min(_MOST_STEPS, *(job.remaining for job in answering))
         context = sum(job.context + 1 for job in answering)
-        more_s = self._box.moved_context_s * context if reading or self._has_moved else 0.0
-        self._steps = _Steps(end_s, answering, context, count, more_s)
-        self._has_moved = False
+        self._steps = _Steps(end_s, answering, context, count)
         step_s = self._elapsed_s(self._steps, min(count, 1))
-        self._note_gap(end_s - now_s + step_s, len(had))
+        self._note_gap(end_s - since_s + step_s, len(had))
         # Of a prompt that has just ended, the first token came before this step.
         begun = sum(not math.isnan(job.outcome.first_s) for job in answering)
         self._note_gap(step_s, begun - len(had))
@@ -185,12 +181,7 @@ class SimEngine:
 
     def _elapsed_s(self, steps: _Steps, count: int) -> float:
         rows = len(steps.jobs)
-        if not count:
-            return 0.0
-        context = steps.context + rows * (count - 1) / 2
-        moved = count - 1 if steps.more_s else count
-        steps_s = count * self._box.step_s(rows, context) + moved * self._box.moved_s(rows, context)
-        return steps_s + steps.more_s
+        return count * self._box.step_s(rows, steps.context + rows * (count - 1) / 2)
 
     def _full_s(self, steps: _Steps) -> float:
         """Return the share of a step that it would be if there were as many answers as can be."""
@@ -228,13 +219,14 @@ class SimEngine:
         if steps.count:
             self._apply(steps)
         self._steps = None
+        since_s = now_s
         for job in [job for job in self._running if not job.remaining]:
             now_s = self._finish(job, now_s)
-        self._begin(now_s)
+        self._begin(now_s, since_s)
 
     def _apply(self, steps: _Steps) -> None:
         first_s, took_s = (self._elapsed_s(steps, count) for count in (1, steps.count))
-        self.work_s += self._full_s(steps) * steps.count + steps.more_s
+        self.work_s += self._full_s(steps) * steps.count
         rest = steps.count - 1
         if rest:
             self._note_gap((took_s - first_s) / rest, rest * len(steps.jobs))
@@ -247,7 +239,6 @@ class SimEngine:
     def _finish(self, job: SimJob, now_s: float) -> float:
         """Let a job go, and write what it leaves; return when computing can go on."""
         self._running.remove(job)
-        self._has_moved = True
         saved_s, count = self._mover.save(job.kept_ids, job.on_host, now_s)
         job.outcome.end_s = now_s
         if self._box.is_blocking and count:

@@ -34,15 +34,12 @@ class Timings:
         Steps, answers, tokens of their contexts.
     saves : list of (amounts, float)
         Saves, tokens saved.
-    beside : list of (amounts, amounts, float)
-        A piece of a prompt as in ``prompts``, and a step of answers as in ``steps``.
     token_bytes : int
     """
 
     prompts: list[Timing] = field(default_factory=list)
     steps: list[Timing] = field(default_factory=list)
     saves: list[Timing] = field(default_factory=list)
-    beside: list[tuple[tuple[float, ...], tuple[float, ...], float]] = field(default_factory=list)
     token_bytes: int = 1
 
 
@@ -53,9 +50,6 @@ def fit_box(found: Sequence[Timings]) -> Box:
     request_s, prefill_s, token_s, pair_s, restore_s, read_s = prompts
     steps = fit_costs([timing for each in found for timing in each.steps])
     decode_s, row_s, context_s = steps
-    beside = [each for timings in found for each in timings.beside]
-    more_s = sum(took - _cost(piece, prompts) - _cost(step, steps) for piece, step, took in beside)
-    moved_tokens = sum(step[2] for _, step, _ in beside)
     write_s, written_s = fit_costs([timing for each in found for timing in each.saves])
     return Box(
         name="measured",
@@ -75,15 +69,10 @@ def fit_box(found: Sequence[Timings]) -> Box:
         decode_s=max(decode_s, _LEAST_S),
         decode_row_s=row_s,
         decode_context_s=context_s,
-        moved_context_s=max(0.0, more_s / moved_tokens) if moved_tokens else 0.0,
         is_blocking=True,
         attends_on_host=True,
         is_choosy=False,
     )
-
-
-def _cost(amounts: Sequence[float], costs: Sequence[float]) -> float:
-    return sum(amount * cost for amount, cost in zip(amounts, costs, strict=True))
 
 
 def fit_costs(timings: Sequence[Timing]) -> tuple[float, ...]:

@@ -34,12 +34,9 @@ class Box:
     prefill_s, prefill_token_s, prefill_pair_s : float
         A piece of n tokens after c others takes ``prefill_s + prefill_token_s * n +
         prefill_pair_s * n * (c + n / 2)``.
-    decode_s, decode_row_s, decode_context_s, moved_context_s : float
+    decode_s, decode_row_s, decode_context_s : float
         A step of b answers with t tokens of context together takes ``decode_s + decode_row_s * b +
-        decode_context_s * t``, and ``moved_context_s * t`` more if another request's keys and
-        values have moved since the last: then all addresses are looked up again. So they are
-        where an answer fills a chunk, once in ``chunk_tokens``.
-    chunk_tokens : int
+        decode_context_s * t``.
     request_s, write_s : float
         Work of the engine for each request, and for saving what it leaves, whatever the lengths.
     piece_tokens : int
@@ -78,8 +75,6 @@ class Box:
     prefill_pair_s: float = 0.0
     decode_row_s: float = 0.0
     decode_context_s: float = 0.0
-    moved_context_s: float = 0.0
-    chunk_tokens: int = 64
     request_s: float = 0.0
     write_s: float = 0.0
     piece_tokens: int = 512
@@ -94,7 +89,7 @@ class Box:
 
     def __post_init__(self) -> None:
         positive = ("token_bytes", "device_bytes", "prefill_token_s", "decode_s")
-        counts = ("piece_tokens", "min_piece_tokens", "max_running", "chunk_tokens")
+        counts = ("piece_tokens", "min_piece_tokens", "max_running")
         speeds = tuple(each.name for each in fields(self) if each.name.endswith("_per_s"))
         for name in (*positive, *counts, *speeds):
             if getattr(self, name) <= 0:
@@ -120,11 +115,6 @@ class Box:
         """Return how long one token of every answer takes."""
         rows_s = self.decode_row_s * num_rows
         return self.decode_s + rows_s + self.decode_context_s * context_tokens
-
-    def moved_s(self, num_rows: int, context_tokens: float) -> float:
-        """Return what looking up addresses adds to a step, on average over steps."""
-        chance = 1 - (1 - 1 / self.chunk_tokens) ** num_rows
-        return chance * self.moved_context_s * context_tokens
 
     def capacity_bytes(self, tier: str) -> int:
         """Return the capacity of a tier, by its name."""

@@ -90,7 +90,6 @@ async def _measure(engine: DaemonEngine, clock: Clock) -> Timings:
             await ask(engine, _ids(context, 10 * context + row), f"{context}-{row}", 1)
         for turn, batch in enumerate(_BATCHES):
             await _measure_steps(engine, clock, found, context, batch, turn)
-        await _measure_beside(engine, clock, found, context)
     [view] = [each for each in await engine.sessions.list(TENANT) if each.name == "warm"]
     found.token_bytes = view.size_bytes // view.num_tokens
     return found
@@ -153,21 +152,6 @@ async def _measure_steps(
     if steps:
         work = (1.0, float(batch), float(batch * (context + _STEPS // 2)))
         found.steps.append((work, statistics.fmean(steps)))
-
-
-async def _measure_beside(engine: DaemonEngine, clock: Clock, found: Timings, context: int) -> None:
-    """Measure pieces of a prompt, with a step of answers after each."""
-    talks = [
-        ask(engine, (*_ids(context, 10 * context + row), 99), f"{context}-{row}", 2 * _STEPS)
-        for row in range(_BATCHES[-1])
-    ]
-    reading = ask(engine, _ids(_PROMPTS[1], 7 * context), f"beside-{context}", 1, clock)
-    heard, *_ = await asyncio.gather(reading, *talks)
-    rows = float(_BATCHES[-1])
-    for (before, began_s), (after, ended_s) in pairwise(heard.pieces):
-        piece = (0.0, *_piece(after - before, before), 0.0, 0.0)
-        step = (1.0, rows, rows * context)
-        found.beside.append((piece, step, ended_s - began_s))
 
 
 def _piece(size: int, before: int) -> tuple[float, float, float]:

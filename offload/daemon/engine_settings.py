@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from offload.daemon.sharing.sharing_settings import SharingSettings
 from offload.tiers.sealing import Sealer
 
 Persist = Literal["on_idle", "write_through", "never"]
@@ -62,7 +63,8 @@ class EngineSettings:
         Folder of saved sessions and of the server's secret; made, private.
     tiers : tuple of str
     capacity : mapping of str to int or str, or None
-    policy, codec : str
+    policy : str
+    codec : str, or mapping of str to str
         As for ``OffloadedCache``.
     chunk_tokens : int
     max_context_tokens : int or None
@@ -80,13 +82,15 @@ class EngineSettings:
     sessions : SessionSettings
     sealer : Sealer or None
         Encrypts what is written below ``data_path``.
+    sharing : SharingSettings or None
+        Where sessions are shared with other daemons; None: nowhere.
     """
 
     data_path: Path
     tiers: tuple[str, ...] = ("gpu", "cpu", "disk")
     capacity: Mapping[str, int | str] | None = None
     policy: str = "exact"
-    codec: str = "raw"
+    codec: str | Mapping[str, str] = "raw"
     chunk_tokens: int = 64
     max_context_tokens: int | None = None
     prefill_tokens: int = 512
@@ -97,3 +101,4 @@ class EngineSettings:
     min_free_bytes: int = 1 << 30
     sessions: SessionSettings = field(default_factory=SessionSettings)
     sealer: Sealer | None = field(default=None, repr=False)
+    sharing: SharingSettings | None = None

@@ -47,7 +47,17 @@ class UnknownSession(DaemonError, LookupError):
 
 
 class SessionBusy(DaemonError, RuntimeError):
-    """A session is being written by another request, and others wait already."""
+    """A session is being written by another request, and others wait already.
+
+    Parameters
+    ----------
+    message : str
+    retry_after_s : float
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 2.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class QueueFull(DaemonError, RuntimeError):

@@ -95,16 +95,20 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class CachedTokens:
-    """Tokens of a prompt that needed no prefill, by where their keys and values were."""
+    """Tokens of a prompt that needed no prefill, by where their keys and values were.
+
+    ``remote``: in an object store, from which they were fetched for this request.
+    """
 
     device: int = 0
     host: int = 0
     disk: int = 0
+    remote: int = 0
 
     @property
     def total(self) -> int:
         """Tokens, wherever they were."""
-        return self.device + self.host + self.disk
+        return self.device + self.host + self.disk + self.remote
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +139,7 @@ class Started:
     restored_bytes : int
         Bytes that a session on disk was found to hold, read when attended to.
     restore_s : float
+        With the time to fetch it, if it was in an object store.
     queue_s : float
         Seconds since the request was made.
     miss : Miss or None

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from offload.daemon.requests import CachedTokens, MissReason
+from offload.daemon.sharing.sharing_state import SharingState
 
-SessionState = Literal["running", "device", "host", "disk"]
+SessionState = Literal["running", "device", "host", "disk", "remote"]
 
 TIER_NAMES = {"gpu": "device", "cpu": "host", "disk": "disk"}
 """How the tiers of ``OffloadedCache`` are called here."""
@@ -26,8 +27,9 @@ class SessionView:
         Of its keys and values, shared or not.
     dirty_tokens : int
         Those that would be lost now if the process were killed.
-    state : {"running", "device", "host", "disk"}
-        A request is adding to it; or the fastest tier that holds any of it.
+    state : {"running", "device", "host", "disk", "remote"}
+        A request is adding to it; or the fastest tier that holds any of it. Remote: others have
+        published it, or something newer than is here, and it is fetched when it is used.
     is_pinned : bool
     ttl_s : float or None
         Seconds without a request after which it is deleted; None: never.
@@ -175,6 +177,8 @@ class EngineState:
         By state.
     saved_bytes : int
         Of all tenants' sessions on disk.
+    sharing : SharingState or None
+        None: sessions are not shared.
     """
 
     model: str
@@ -190,3 +194,4 @@ class EngineState:
     totals: Totals
     sessions: Mapping[str, int]
     saved_bytes: int = 0
+    sharing: SharingState | None = None

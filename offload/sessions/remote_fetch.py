@@ -3,10 +3,10 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -39,20 +39,26 @@ class FetchReport:
     num_tokens : int
         Per row.
     num_blocks : int
+    num_new_tokens : int
+        Per row; the local store had the others already.
     read_bytes : int
         From the object store.
     written_bytes : int
         Of records; what the local store had already was neither read nor written.
     seconds : float
+    notes : mapping
+        Of who has published it.
     """
 
     name: str
     epoch: int
     num_tokens: int
     num_blocks: int
+    num_new_tokens: int
     read_bytes: int
     written_bytes: int
     seconds: float
+    notes: Mapping[str, Any]
 
 
 def fetch_session(
@@ -64,6 +70,7 @@ def fetch_session(
     num_threads: int,
     overwrite: bool,
     trusted: bool,
+    check: Callable[[SessionFile, Mapping[str, Any]], object],
 ) -> FetchReport:
     """Save a published session locally; on an error the root is as before.
 
@@ -81,9 +88,13 @@ def fetch_session(
         Replace a session of that name.
     trusted : bool
         Let its tokens find its chunks, and search by its indexes.
+    check : callable
+        Given its file and notes, before its chunks are read; raises an error if this session is not
+        wanted.
     """
     started = time.monotonic()
     file = read_file(bucket, manifest)
+    check(file, manifest.notes)
     with BlockReader(bucket, file, manifest.blocks, num_threads) as reader:
         saved = save(
             root,
@@ -95,14 +106,20 @@ def fetch_session(
             may_replace=overwrite,
         )
         saved.held.release()
+    record_bytes = root.format_of(file.layout, file.namespace.fingerprint).record_bytes
+    num_new = saved.written_bytes // (record_bytes * len(file.layers))
+    size, num_rows = file.layout.chunk_tokens, max(1, len(file.rows))
+    tail = file.num_tokens - size * max(map(len, file.rows), default=0)
     return FetchReport(
         name=manifest.name,
         epoch=manifest.epoch,
         num_tokens=file.num_tokens,
         num_blocks=len(manifest.blocks),
+        num_new_tokens=tail + num_new * size // num_rows,
         read_bytes=manifest.file_bytes + reader.read_bytes,
         written_bytes=saved.written_bytes,
         seconds=time.monotonic() - started,
+        notes=manifest.notes,
     )
 
 

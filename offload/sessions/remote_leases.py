@@ -55,7 +55,8 @@ class RemoteLeases:
         if left_s > 0 and known.owner != self.owner:
             raise SessionInUse(
                 f"session {name!r} belongs to {known.owner} (epoch {known.epoch}) for another "
-                f"{left_s:.0f} s"
+                f"{left_s:.0f} s",
+                left_s,
             )
         return self._append(known, epoch=known.epoch + 1, owner=self.owner)
 

@@ -106,7 +106,8 @@ class ManifestLog:
             It may have been written all the same; ``newest`` tells.
         """
         nonce = secrets.token_hex(8)
-        following = replace(known, **{**changes, "number": known.number + 1, "nonce": nonce})
+        place = {"number": known.number + 1, "nonce": nonce, "previous": known.nonce}
+        following = replace(known, **{**changes, **place})
         content = following.pack()
         self._refuse_stale(known, self.newest(known.name))
         if not self._bucket.create(following.object_name, content):
@@ -114,10 +115,19 @@ class ManifestLog:
             if found != content:  # else an earlier try has written it, and its answer was lost
                 self._refuse_stale(known, parse_manifest(found, following.object_name))
         newest = self.newest(known.name)
-        if newest is None or newest.number > following.number:
+        if newest is None or (newest.number > following.number and not self._has_next(following)):
             # Ours fills the place of a version that the garbage collector has removed.
             self._refuse_stale(known, newest)
         return following
+
+    def _has_next(self, written: Manifest) -> bool:
+        """Whether somebody has gone on from a version already, which has let go of the session."""
+        name = replace(written, number=written.number + 1).object_name
+        try:
+            found = parse_manifest(self._bucket.get(name), f"{self._bucket.url}/{name}")
+        except CorruptChunk:
+            return False
+        return found.previous == written.nonce
 
     def _refuse_stale(self, known: Manifest, newest: Manifest | None) -> None:
         number = 0 if newest is None else newest.number

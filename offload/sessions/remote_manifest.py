@@ -5,7 +5,8 @@ two writers that go on from the same version one fails, on every kind of store. 
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
 from typing import Any
 
@@ -17,7 +18,9 @@ SESSIONS, BLOCKS, CONDEMNED = "sessions", "blocks", "condemned"
 """Prefixes of what belongs to sessions, of chunks, and of lists of what is to go."""
 
 FORMAT = "kv-offload remote session"
-VERSION = 1
+VERSION = 2
+"""1 had no notes, and no nonces of earlier versions."""
+
 _CHECKSUM_CHARS = 16
 
 
@@ -48,6 +51,10 @@ class Manifest:
         Names of the objects with the chunks, in the order of ``distinct_blocks``.
     nonce : str
         Tells an own version from another's of the same number.
+    previous : str
+        The nonce of the version before.
+    notes : mapping
+        What the publisher wants whoever fetches it to know; as JSON has it.
     """
 
     name: str
@@ -65,6 +72,8 @@ class Manifest:
     chunk_bytes: int = 0
     blocks: tuple[str, ...] = ()
     nonce: str = ""
+    previous: str = ""
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def object_name(self) -> str:
@@ -84,11 +93,12 @@ class Manifest:
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys((each.name for each in fields(Manifest) if each.type is int), int),
-    **dict.fromkeys(("name", "owner", "file", "namespace", "nonce"), str),
+    **dict.fromkeys(("name", "owner", "file", "namespace", "nonce", "previous"), str),
     "lease_until": (int, float),
     "is_deleted": bool,
     "expires_at": (int, float, type(None)),
     "blocks": list,
+    "notes": dict,
 }
 
 
@@ -122,6 +132,8 @@ def parse_manifest(content: bytes, what: str) -> Manifest:
             f"{what} was written by a newer version of this package: version {version}, this code "
             f"reads {VERSION}"
         )
+    if version == 1:
+        parts = {"notes": {}, "previous": "", **parts}
     wrong = [name for name, kind in _TYPES.items() if not isinstance(parts.get(name), kind)]
     if kind != FORMAT or wrong or set(parts) != set(_TYPES):
         raise CorruptChunk(f"{what} is no manifest: {kind!r}, wrong fields {wrong}")

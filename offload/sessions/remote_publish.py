@@ -2,12 +2,12 @@
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offload.errors import ConfigError, StorageError
+from offload.errors import SessionInUse, StorageError
 from offload.sessions.remote_garbage import read_condemned
 from offload.sessions.remote_leases import RemoteLeases
 from offload.sessions.remote_local import open_root, open_source
@@ -73,6 +73,8 @@ class Publisher:
         *,
         overwrite: bool,
         rewrite: bool,
+        notes: Mapping[str, Any],
+        may_release: Callable[[], bool],
     ) -> tuple[PublishReport, Manifest]:
         """Publish one; ``seen`` is the session file that this owner has last seen of it."""
         started = time.monotonic()
@@ -89,6 +91,7 @@ class Publisher:
                 self.bucket,
                 file,
                 read_condemned(self.bucket),
+                known.blocks if known.is_live(self.clock()) else (),
                 num_threads=self.num_threads,
                 compress=self.compress,
                 rewrite=rewrite,
@@ -96,7 +99,12 @@ class Publisher:
             blocks = uploader.upload(source, advance)
             published = _describe(file, blocks, *uploader.upload_file())
             self._refuse_late(name, time.monotonic() - started)
+            published["notes"] = dict(notes)
+            if may_release():
+                published["lease_until"] = 0.0
             manifest = self.leases.change(name, **published)
+            if not manifest.lease_until:
+                self.leases.forget(name)
         report = PublishReport(
             name=name,
             epoch=manifest.epoch,
@@ -118,7 +126,7 @@ class Publisher:
 
 
 def _refuse_other(found: Manifest, file: SessionFile, seen: str | None, now_s: float) -> None:
-    """Raise ConfigError if a session would be replaced that this one does not go on from.
+    """Raise SessionInUse if a session would be replaced that this one does not go on from.
 
     Parameters
     ----------
@@ -132,14 +140,19 @@ def _refuse_other(found: Manifest, file: SessionFile, seen: str | None, now_s: f
     """
     if not found.is_live(now_s) or found.file == seen:
         return
-    ours = {block_name(file.namespace.digest, ref.key) for row in file.rows for ref in row}
-    has_all = ours.issuperset(f"{name.rpartition('-')[0]}-0" for name in found.blocks)
-    if not has_all or found.num_tokens > file.num_tokens:
-        raise ConfigError(
+    if not goes_on(file, found):
+        raise SessionInUse(
             f"{file.name!r} was published with {found.num_tokens} tokens (epoch {found.epoch}), "
             f"and this one of {file.num_tokens} tokens does not go on from it; fetch it, publish "
             "under another name, or overwrite it"
         )
+
+
+def goes_on(file: SessionFile, found: Manifest) -> bool:
+    """Whether a local session has all the full blocks of a published one, and as many tokens."""
+    ours = {block_name(file.namespace.digest, ref.key) for row in file.rows for ref in row}
+    has_all = ours.issuperset(f"{name.rpartition('-')[0]}-0" for name in found.blocks)
+    return has_all and found.num_tokens <= file.num_tokens
 
 
 def _describe(

@@ -2,7 +2,7 @@
 
 import secrets
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -35,6 +35,8 @@ class Uploader:
     file : SessionFile
     condemned : frozenset of str
         Names of objects that may be removed at any time, and are as good as gone.
+    named : iterable of str
+        Blocks that are there, as the newest manifest of a session that is ours names them.
     num_threads : int
         Requests under way at a time.
     compress, rewrite : bool
@@ -46,6 +48,7 @@ class Uploader:
         bucket: Bucket,
         file: SessionFile,
         condemned: frozenset[str],
+        named: Iterable[str],
         *,
         num_threads: int,
         compress: bool,
@@ -56,6 +59,7 @@ class Uploader:
         self._file = file
         self._fmt = block_format(file)
         self._condemned = condemned
+        self._named = {_stem(name): name for name in named if name not in condemned}
         self._num_threads = num_threads
         self._compress = compress
         self._rewrite = rewrite
@@ -97,12 +101,16 @@ class Uploader:
 
     def _name(self, key: bytes) -> str:
         name = block_name(self._file.namespace.digest, key)
+        if (known := self._named.get(_stem(name))) is not None:
+            return known
         if name not in self._condemned:
             return name
         return block_name(self._file.namespace.digest, key, self._generation)
 
     def _is_there(self, name: str) -> bool:
-        return not self._rewrite and self._bucket.find(name) is not None
+        if self._rewrite:
+            return False
+        return _stem(name) in self._named or self._bucket.find(name) is not None
 
     def _write(self, name: str, key: bytes, chunks: list[NDArray[np.uint8]]) -> int:
         content = pack_block(self._fmt, key, chunks, compress=self._compress)
@@ -116,3 +124,8 @@ class Uploader:
     def _count(self, write: "Future[int]") -> None:
         self.written_bytes += write.result()
         self.written_blocks += 1
+
+
+def _stem(name: str) -> str:
+    """Return the name of a block without its generation."""
+    return name.rpartition("-")[0]

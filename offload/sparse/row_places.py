@@ -1,6 +1,6 @@
 """Where in memory the chunks of a row begin, as arrays that follow the chunks when they move."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from offload.sparse.row_keys import Ints, RowKeys, Rows
 from offload.store import ChunkStore
+from offload.tiers.coded import CodedTier
 from offload.tiers.memory import MemoryTier
+from offload.tiers.pooled import PooledTier
 from offload.types import ChunkId
 
 RowKey = tuple[int, int]
@@ -56,13 +58,17 @@ class ChunkPlaces:
     def __init__(self, store: ChunkStore, device: torch.device) -> None:
         self._store = store
         memory = {
-            level: tier for level, tier in enumerate(store.tiers) if isinstance(tier, MemoryTier)
+            level: tier for level, tier in enumerate(store.tiers) if isinstance(tier, PooledTier)
         }
         readable = ("cpu", device.type)
-        self._levels = {
-            level: tier for level, tier in memory.items() if tier.pool.slab.device.type in readable
+        self._levels: dict[int, MemoryTier] = {
+            level: tier
+            for level, tier in memory.items()
+            if isinstance(tier, MemoryTier) and tier.pool.slab.device.type in readable
         }
-        self._foreign = {level: memory[level] for level in memory.keys() - self._levels.keys()}
+        self._foreign: Mapping[int, PooledTier] = {
+            level: tier for level, tier in memory.items() if level not in self._levels
+        }
         self._moved: set[ChunkId] = set()
         self._numbers: dict[ChunkId, int] = {}
         self._free: list[int] = []
@@ -119,11 +125,11 @@ class ChunkPlaces:
         return counts
 
     def is_foreign(self, chunk: ChunkId) -> bool:
-        """Whether a chunk lies in the memory of a device whose addresses cannot be read."""
+        """Whether a chunk lies in memory that cannot be read by address: a device's, or codes."""
         return not self._foreign.keys().isdisjoint(self._store.table[chunk].slots)
 
     def lift(self, keys: Ints, names: RowKeys) -> tuple[NDArray[np.bool_], list[tuple[Ints, Rows]]]:
-        """Copy the rows of foreign chunks to the host.
+        """Copy the rows of foreign chunks to the host, or decode them.
 
         Returns
         -------
@@ -169,12 +175,12 @@ class ChunkPlaces:
         return 0 if entry.pending is None else entry.pending.data_ptr()
 
 
-def tier_rows(tier: MemoryTier, names: RowKeys, slots: Ints, lines: Ints) -> Rows:
-    """Copy rows out of a tier's pool to the host.
+def tier_rows(tier: PooledTier, names: RowKeys, slots: Ints, lines: Ints) -> Rows:
+    """Copy rows out of a tier's pool to the host, decoded.
 
     Parameters
     ----------
-    tier : MemoryTier
+    tier : PooledTier
     names : RowKeys
     slots, lines : ndarray, int64 [n]
         Slot, and head * chunk_tokens + token in it.
@@ -183,6 +189,8 @@ def tier_rows(tier: MemoryTier, names: RowKeys, slots: Ints, lines: Ints) -> Row
     -------
     ndarray, uint8 [n, row_bytes]
     """
+    if isinstance(tier, CodedTier):
+        return tier.read_rows(slots, lines)
     slab = tier.pool.slab
     chunks = slab[:, : names.per_chunk * names.row_bytes].unflatten(1, (-1, names.row_bytes))
     at = (torch.from_numpy(slots).to(slab.device), torch.from_numpy(lines).to(slab.device))

@@ -278,17 +278,24 @@ class RowReader:
         return (lines, ranks), keys
 
     def _allowed(self, keys: Ints, absent: Ints) -> Ints:
-        """Return those absent rows, the best first, whose pieces there is time to read."""
+        """Return those absent rows, the best first, whose pieces there is time to read.
+
+        Those in memory that cannot be read by address take none.
+        """
         if not self._is_limited or not len(absent):
             self._limit(0)
             return absent
         pieces = self._names.pieces(keys[absent])
         names, first, which = np.unique(pieces, return_index=True, return_inverse=True)
-        most = self._limit(len(names))
-        if most is None or most >= len(names):
+        chunks = map(self._names.chunk_of, names.tolist())
+        is_free = np.array([self._places.is_foreign(chunk) for chunk in chunks])
+        num_read = len(names) - int(np.count_nonzero(is_free))
+        most = self._limit(num_read)
+        if most is None or most >= num_read:
             return absent
+        first[is_free] = -1  # before all that are read
         rank = np.argsort(np.argsort(first, kind="stable"), kind="stable")
-        return absent[rank[which] < most]
+        return absent[rank[which] < most + len(names) - num_read]
 
     def _read(self, keys: Ints, deadline_s: float | None) -> Ints:
         """Return the addresses of rows that are in no memory that can be read by address."""

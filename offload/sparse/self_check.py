@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from offload.store import ChunkStore
 from offload.tiers.base import ReadsParts
+from offload.tiers.coded import CodedTier
 from offload.tiers.memory import MemoryTier
 from offload.tiers.pool import as_chunk, page_aligned
 from offload.types import ChunkId, Partial
@@ -160,6 +162,10 @@ class SelfCheck:
             if isinstance(tier, MemoryTier):
                 source = as_chunk(tier.buffer(entry.slots[level]), layout)[head]
                 row.view(layout.dtype).copy_(source.reshape(-1))
+            elif isinstance(tier, CodedTier):
+                lines = head * layout.chunk_tokens + np.arange(layout.chunk_tokens)
+                slots = np.full_like(lines, entry.slots[level])
+                row.copy_(torch.from_numpy(tier.read_rows(slots, lines)).view(-1))
             else:
                 on_disk.append((entry, row))
         if on_disk:

@@ -6,10 +6,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from offload.engine import Engine
 from offload.errors import OffloadError
+from offload.tiers.coded import CodedTier
 from offload.tiers.memory import MemoryTier
 from offload.tiers.pool import as_chunk
 from offload.tiers.transfer import Transfer
@@ -125,9 +128,12 @@ class RangeRead:
             return "cpu", entry.pending
         level = min(entry.slots)
         tier = self._store.tiers[level]
-        return (
-            (tier.name, tier.buffer(entry.slots[level])) if isinstance(tier, MemoryTier) else None
-        )
+        slot = entry.slots[level]
+        if isinstance(tier, MemoryTier):
+            return tier.name, tier.buffer(slot)
+        if isinstance(tier, CodedTier):
+            return tier.name, tier.decoded(np.array([slot])).view(-1).view(torch.uint8)
+        return None
 
     def _start(self, positions: Sequence[int]) -> None:
         table, disk = self._store.table, len(self._store.tiers) - 1

@@ -47,6 +47,10 @@ class TierContract(ABC):
     def make_tier(self, num_slots: int, layout: ChunkLayout) -> Tier:
         """Return a new, empty tier. The contract closes it."""
 
+    def stored(self, chunks: list[Tensor], layout: ChunkLayout) -> list[Tensor]:
+        """Return what is read of chunks that were written; not the same if the tier loses some."""
+        return chunks
+
     @pytest.fixture
     def new_tier(self) -> Iterator[MakeTier]:
         """Make tiers that are closed, and checked once more, when the test is over."""
@@ -103,7 +107,7 @@ class TierContract(ABC):
         tier.write(again, make_infos(4, first_id=8), source[4:]).wait(WAIT_S)
         out = make_buffers(4, WHOLE_PAGES)
         tier.read(again, make_infos(4, first_id=8), out).wait(WAIT_S)
-        assert same_chunks(out, source[4:], WHOLE_PAGES)
+        assert same_chunks(out, self.stored(source[4:], WHOLE_PAGES), WHOLE_PAGES)
 
     @pytest.mark.parametrize("layout", [WHOLE_PAGES, PADDED], ids=["whole_pages", "padded"])
     def test_read_after_write_returns_the_same_bytes(
@@ -114,7 +118,7 @@ class TierContract(ABC):
         slots = tier.allocate(5)
         tier.write(slots, infos, source).wait(WAIT_S)
         tier.read(slots, infos, out).wait(WAIT_S)
-        assert same_chunks(out, source, layout)
+        assert same_chunks(out, self.stored(source, layout), layout)
 
     @pytest.mark.parametrize("order", [[4, 3, 2, 1, 0], [3], [0, 2, 4], [1, 1]], ids=str)
     def test_read_in_any_order_fills_each_buffer_from_its_slot(
@@ -126,7 +130,7 @@ class TierContract(ABC):
         tier.write(slots, infos, source).wait(WAIT_S)
         out = make_buffers(len(order), WHOLE_PAGES)
         tier.read([slots[i] for i in order], [infos[i] for i in order], out).wait(WAIT_S)
-        assert same_chunks(out, [source[i] for i in order], WHOLE_PAGES)
+        assert same_chunks(out, self.stored([source[i] for i in order], WHOLE_PAGES), WHOLE_PAGES)
 
     def test_write_of_one_slot_leaves_the_others_alone(self, new_tier: MakeTier) -> None:
         tier = new_tier()
@@ -136,7 +140,9 @@ class TierContract(ABC):
         tier.write(slots[1:2], infos[1:2], source[3:]).wait(WAIT_S)
         out = make_buffers(3, WHOLE_PAGES)
         tier.read(slots, infos, out).wait(WAIT_S)
-        assert same_chunks(out, [source[0], source[3], source[2]], WHOLE_PAGES)
+        assert same_chunks(
+            out, self.stored([source[0], source[3], source[2]], WHOLE_PAGES), WHOLE_PAGES
+        )
 
     def test_slots_of_several_streams_keep_their_own_content(self, new_tier: MakeTier) -> None:
         tier = new_tier()
@@ -146,7 +152,7 @@ class TierContract(ABC):
         tier.write(slots, infos, source).wait(WAIT_S)
         out = make_buffers(6, WHOLE_PAGES)
         tier.read(slots, infos, out).wait(WAIT_S)
-        assert same_chunks(out, source, WHOLE_PAGES)
+        assert same_chunks(out, self.stored(source, WHOLE_PAGES), WHOLE_PAGES)
 
     def test_finished_transfer_is_done_and_cannot_be_cancelled(self, new_tier: MakeTier) -> None:
         tier = new_tier()
@@ -186,7 +192,11 @@ class TierContract(ABC):
             assert tier.num_free == 12 - len(held)
             out = make_buffers(len(held), WHOLE_PAGES)
             tier.read(list(held), [info for info, _ in held.values()], out).wait(WAIT_S)
-            assert same_chunks(out, [content for _, content in held.values()], WHOLE_PAGES)
+            assert same_chunks(
+                out,
+                self.stored([content for _, content in held.values()], WHOLE_PAGES),
+                WHOLE_PAGES,
+            )
 
     def test_closed_tier_refuses_to_allocate(self, new_tier: MakeTier) -> None:
         tier = new_tier()

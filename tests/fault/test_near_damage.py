@@ -140,23 +140,66 @@ def test_flipped_header_is_corrupt_for_the_worker_that_takes_over(disk: NearDisk
     check_attends(disk, held, 1)
 
 
-def test_damaged_channels_are_made_again_and_the_answer_is_as_before(disk: NearDisk) -> None:
-    held = fill(disk)
-    before = ask_sparsely(disk, held, 0)
+def ask_sound(directory: Path, row: int) -> Partial:
+    """Return what a tier says that nothing happened to."""
+    with two_workers(directory / "sound") as disk:
+        return ask_sparsely(disk, fill(disk), row)
+
+
+def test_damaged_channels_are_made_again_and_the_answer_is_as_of_sound_ones(
+    disk: NearDisk, tmp_path: Path
+) -> None:
+    held, sound = fill(disk), ask_sound(tmp_path, 0)
     paths = files_of(disk, ".kvchan")
     assert len(paths) == 4
     for path in paths:
         flip(path, range(PAGE_BYTES, path.stat().st_size, 7))
-    assert largest_error(ask_sparsely(disk, held, 0), before) <= 1e-4
+    assert largest_error(ask_sparsely(disk, held, 0), sound) <= 1e-4
     counted = disk.counters()
     assert counted["channel_dropped"] == counted["channel_rebuilt"] == 4
     check_attends(disk, held)
     assert num_restarts(disk) == [0, 0]
 
 
-def test_removed_channels_are_made_again_and_the_answer_is_as_before(disk: NearDisk) -> None:
+def test_channels_damaged_after_they_were_read_change_nothing(disk: NearDisk) -> None:
     held = fill(disk)
-    before, dense = ask_sparsely(disk, held, 1), exact(draw_query()[[1]], held.chunks[[1]])
+    before = ask_sparsely(disk, held, 0)
+    for path in files_of(disk, ".kvchan"):
+        flip(path, range(PAGE_BYTES, path.stat().st_size, 7))
+    assert largest_error(ask_sparsely(disk, held, 0), before) == 0
+    assert disk.counters()["channel_dropped"] == 0
+
+
+def test_worker_that_takes_over_keeps_nothing_and_answers_as_before(disk: NearDisk) -> None:
+    held = fill(disk)
+    answers = [ask_sparsely(disk, held, 0) for _ in range(2)]
+    assert disk.counters()["channel_hits"] > 0
+    for member in disk.members:
+        kill(member.link)
+    answers.append(ask_sparsely(disk, held, 0))
+    counted = disk.counters()
+    assert counted["channel_hits"] == 0
+    assert counted["channel_misses"] > 0
+    assert num_restarts(disk) == [1, 1]
+    assert [largest_error(found, answers[0]) for found in answers[1:]] == [0, 0]
+
+
+def test_chunks_that_are_freed_leave_nothing_in_memory(disk: NearDisk) -> None:
+    held = fill(disk)
+    for row in range(2):
+        ask_sparsely(disk, held, row)
+    before = disk.counters()["channel_kept_bytes"]
+    disk.free(held.flat_slots(0))
+    assert 0 < disk.counters()["channel_kept_bytes"] < before
+    disk.free(held.flat_slots(1))
+    assert disk.counters()["channel_kept_bytes"] == 0
+
+
+def test_removed_channels_are_made_again_and_the_answer_is_as_of_sound_ones(
+    disk: NearDisk, tmp_path: Path
+) -> None:
+    held, before = fill(disk), ask_sound(tmp_path, 1)
+    dense = exact(draw_query()[[1]], held.chunks[[1]])
     for path in files_of(disk, ".kvchan", member=1):
         path.unlink()
     found = ask_sparsely(disk, held, 1)

@@ -1,13 +1,16 @@
 """Sessions in an object store, under the faults of stores and of other owners."""
 
+import json
 import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from offload.errors import (
     ConfigError,
@@ -17,7 +20,7 @@ from offload.errors import (
     StorageError,
 )
 from offload.sessions.remote_log import ManifestLog
-from offload.sessions.remote_manifest import Manifest
+from offload.sessions.remote_manifest import FORMAT, Manifest, parse_manifest
 from offload.sessions.remote_sessions import RemoteSessions
 from tests.support.faulty_proxy import faulty_proxy
 from tests.support.remote import folder_bucket, s3_bucket
@@ -205,6 +208,38 @@ def test_stale_version_is_refused_even_where_its_successor_was_collected(tmp_pat
     with pytest.raises(SessionInUse, match="version 3, we go on from version 1"):
         log.append(first)
     assert log.newest("s") == third
+
+
+def test_version_that_another_goes_on_from_at_once_counts_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = folder_bucket(tmp_path / "bucket")
+    log, other = ManifestLog(bucket), ManifestLog(folder_bucket(tmp_path / "bucket"))
+    first, create = log.append(Manifest("s", 0, 0, "a"), epoch=1), bucket.create
+
+    def create_and_be_followed(name: str, content: bytes) -> bool:
+        is_written = create(name, content)
+        newest = other.newest("s")
+        assert newest is not None
+        other.append(newest, owner="b", epoch=2)
+        return is_written
+
+    monkeypatch.setattr(bucket, "create", create_and_be_followed)
+    released = log.append(first, lease_until=0.0)
+
+    newest = log.newest("s")
+    assert newest is not None
+    assert (released.number, newest.number, newest.owner) == (2, 3, "b")
+    with pytest.raises(SessionInUse):
+        log.append(released)
+
+
+def test_manifest_of_the_first_version_is_read() -> None:
+    fields = asdict(Manifest("s", 3, 1, "a", file="f", nonce="n"))
+    del fields["notes"], fields["previous"]
+    text = json.dumps({"format": FORMAT, "version": 1, **fields})
+    content = f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}\n".encode()
+    assert parse_manifest(content, "x") == Manifest("s", 3, 1, "a", file="f", nonce="n")
 
 
 def test_publishing_again_uploads_what_was_added_only(machine: NewMachine) -> None:

@@ -58,12 +58,18 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.directory = Path(tempfile.mkdtemp(prefix="store-machine-"))
-        self.tiers = make_tiers(self.directory)
+        self.tiers = self.make_tiers()
         self.content: dict[ChunkId, Tensor] = {}
         self.references: Counter[ChunkId] = Counter()
         self.protections: Counter[ChunkId] = Counter()
         self.slots_when_protected: dict[ChunkId, dict[int, SlotId]] = {}
         self.num_tokens = 0
+
+    def make_tiers(self) -> list[Tier]:
+        return make_tiers(self.directory)
+
+    def check_content(self, chunk: ChunkId) -> None:
+        assert torch.equal(self.store.read_chunk(chunk), self.content[chunk])
 
     @initialize(
         policy=st.sampled_from([KeepFirst, LeastRecentlyUsed]), positions=st.integers(1, 12)
@@ -211,13 +217,13 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def read_everything(self) -> None:
         for chunk in +self.references:
-            assert torch.equal(self.store.read_chunk(chunk), self.content[chunk])
+            self.check_content(chunk)
 
     @invariant()
     def chunks_in_memory_read_back(self) -> None:
         for chunk in +self.references:
             if self.store.level_of(chunk) != len(self.tiers) - 1:
-                assert torch.equal(self.store.read_chunk(chunk), self.content[chunk])
+                self.check_content(chunk)
 
     @invariant()
     def protected_copies_stay(self) -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -99,11 +100,11 @@ def assert_holds(
     """Check that all of these slots are found, and their keys in what is read of them."""
     found = found or find(store, slots)
     assert found.missing.tolist() == []
-    runs = store.read(found, channels)
+    with closing(store.read(found, channels)) as runs:
+        places = zip(found.block.tolist(), found.column.tolist(), strict=True)
+        codes_of_all = [codes_of(runs, place, layout.chunk_tokens) for place in places]
     for index, slot in enumerate(slots):
-        block = int(found.block[index])
-        codes = codes_of(runs, (block, int(found.column[index])), layout.chunk_tokens)
-        scales = runs.scales[block]
+        codes, scales = codes_of_all[index], runs.scales[found.block[index]]
         keys = make_keys(slot, layout).float().numpy().swapaxes(1, 2)
         wanted = np.take_along_axis(keys, channels[..., None], 1)
         # Half a step of the chunk's own scale, and half of the block's, which is no less.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import httpx
 
 START_S = 90.0
 """Longest wait for a process to load the model, on a machine that others use too."""
+
+_FROM_RAY = re.compile(r"^\x1b?\S*\((?P<who>\S+) pid=(?P<pid>\d+)\)\S* (?P<line>\{.*)")
+"""What Ray writes before the lines of its processes."""
 
 Line = dict[str, Any]
 
@@ -29,22 +33,33 @@ class DaemonProcess:
         Of ``offload serve``.
     env : mapping of str to str, optional
         Next to the process's own.
+    python : str
+        Interpreter.
+    start_s : float
+        Longest wait for it to serve.
 
     Attributes
     ----------
     log : list of dict
-        What it has logged, line by line; text that is no JSON as ``{"text": …}``.
+        What it has logged, line by line; text that is no JSON as ``{"text": …}``, lines of other
+        processes that Ray passes on with their ``pid``.
     """
 
     def __init__(
-        self, data_path: Path, *options: str, env: Mapping[str, str] | None = None
+        self,
+        data_path: Path,
+        *options: str,
+        env: Mapping[str, str] | None = None,
+        python: str = sys.executable,
+        start_s: float = START_S,
     ) -> None:
         self.log: list[Line] = []
+        self._start_s = start_s
         self._changed = threading.Condition()
         self._is_over = False
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "offload.cli", "serve", "--port", "0"),
+                *(python, "-m", "offload.cli", "serve", "--port", "0"),
                 *("--data-path", str(data_path), "--set", "model.threads=1", *options),
             ],
             stderr=subprocess.PIPE,
@@ -56,7 +71,7 @@ class DaemonProcess:
 
     def __enter__(self) -> Self:
         try:
-            self.address = str(self.wait_for_event("serving", START_S)["address"])
+            self.address = str(self.wait_for_event("serving", self._start_s)["address"])
         except BaseException:
             self.kill()
             raise
@@ -114,16 +129,22 @@ class DaemonProcess:
     def _read(self) -> None:
         assert self._process.stderr is not None
         for text in self._process.stderr:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                line = {"text": text}
+            line = _parsed(text)
             with self._changed:
                 self.log.append(line)
                 self._changed.notify_all()
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
+
+
+def _parsed(text: str) -> Line:
+    found = _FROM_RAY.match(text)
+    try:
+        line: Line = json.loads(text if found is None else found["line"])
+    except ValueError:
+        return {"text": text}
+    return line if found is None else line | {"pid": int(found["pid"])}
 
 
 def chat_body(text: str, session: str | None = None, **fields: Any) -> dict[str, Any]:

@@ -7,42 +7,27 @@ how many times it has saved.
 import asyncio
 import json
 import os
-import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from offload.daemon.engine import DaemonEngine
 from offload.daemon.requests import Sampling, Token
+from offload.daemon.work import housekeeping
 from tests.support.daemon import request, settings_in, tiny
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from tests.support.victims import Victim, victim_of
 
 PERSIST_INTERVAL_S = 0.02
+PERIOD_S = 0.03
+"""Between two looks for what is to be saved: many of them in the second that the answers take."""
+
 MAX_TOKENS = 400
 
 
-@contextmanager
-def victim(folder: Path, prompts: dict[str, list[int]]) -> "Iterator[subprocess.Popen[str]]":
+def victim(folder: Path, prompts: dict[str, list[int]]) -> Victim:
     """Start the process; it is killed at the end, if it has not been before."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.daemon_victim", str(folder), json.dumps(prompts)],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+    return victim_of("tests.support.daemon_victim", str(folder), json.dumps(prompts))
 
 
 async def _answer(engine: DaemonEngine, name: str, ids: list[int]) -> None:
@@ -58,9 +43,10 @@ async def _main(folder: Path, prompts: dict[str, list[int]]) -> None:
     engine = DaemonEngine(tiny(), settings)
     engine.start()
     await asyncio.gather(*(_answer(engine, name, ids) for name, ids in prompts.items()))
-    await asyncio.Event().wait()
+    os._exit(0)  # as suddenly as if it had been killed
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    housekeeping._PERIOD_S = PERIOD_S
     asyncio.run(_main(Path(sys.argv[1]), json.loads(sys.argv[2])))

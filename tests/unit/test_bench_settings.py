@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from offload.bench.contenders import expand, find_entries
-from offload.bench.placement import place, streaming
+from offload.bench.placement import near_storage, place, streaming
 from offload.bench.settings import Cell
 from offload.bench.suites import SUITES, find_suite
 from offload.errors import ConfigError
@@ -57,6 +57,13 @@ def test_place_of_capacities_that_are_given_takes_them() -> None:
 
 def test_streaming_keeps_nothing_in_memory() -> None:
     assert streaming(make_settings(), Cell(512, 1, None)).tiers == ("disk",)
+
+
+def test_streaming_keeps_the_share_that_the_cell_gives_and_workers_keep_it_themselves() -> None:
+    settings, cell = make_settings(), Cell(512, 1, 0.25)
+    found = streaming(settings, cell).capacity
+    assert found["cpu"] == settings.kv_bytes(cell) // 4
+    assert near_storage(settings, cell) == streaming(settings, Cell(512, 1, None))
 
 
 def test_expand_gives_budgets_to_sparse_policies_that_have_none() -> None:

@@ -150,6 +150,16 @@ def test_share_of_the_host_becomes_bytes_of_its_memory() -> None:
     assert int(half["cpu"]) > 1 << 28
 
 
+@pytest.mark.parametrize(
+    ("host", "codec"), [("raw", "bf16x"), ("kivi4", {"cpu": "kivi4", "disk": "bf16x"})]
+)
+def test_codec_of_the_host_stands_beside_that_of_the_disk(
+    host: str, codec: str | dict[str, str]
+) -> None:
+    found = load_configuration(None, {"tiers.codec": "bf16x", "tiers.host.codec": host}, {})
+    assert engine_settings(found).codec == codec
+
+
 def test_capacity_of_a_tier_that_is_not_used_is_left_out() -> None:
     found = load_configuration(None, {"tiers.use": "gpu", "tiers.disk.size": "1GiB"}, {})
     assert engine_settings(found).capacity is None

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from offload import OffloadedCache
 from offload.daemon.work import step_attention
+from offload.daemon.work.residency import demote_from_device
 from offload.daemon.work.step_attention import StepAttention
 from offload.daemon.work.step_cache import RowFailed, StepCache, can_share
 from offload.errors import CapacityError
+from offload.kernels.dispatch import compiled
 from offload.sessions.store import SessionStore
 from tests.support.models import make_model
 
@@ -67,6 +69,37 @@ def test_rows_of_any_length_get_their_own_logits(
         expected = torch.cat([run("qwen3", ids[i : i + 1], each) for i, each in enumerate(alone)])
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert [cache.get_seq_length() for cache in caches] == [length + 10 for length in LENGTHS]
+    for cache in [*caches, *alone]:
+        cache.close()
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_row_that_fills_a_chunk_is_attended_together_with_the_others(
+    root: OffloadedCache, moves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiled("cpu_rows") is None:
+        pytest.skip("without numba there is no kernel for rows of different lengths")
+    caches = [filled(root, length) for length in (8, 40, 21)]
+    alone = [cache.fork() for cache in caches]
+    together, attended = StepAttention(), []
+    attend = together.attend
+
+    def noting(call: Any, rows: Any) -> Tensor | None:
+        attended.append(attend(call, rows))
+        return attended[-1]
+
+    monkeypatch.setattr(together, "attend", noting)
+    for turn in range(4):
+        if moves and turn == 2:
+            demote_from_device(caches[1])
+        ids = torch.tensor([[3], [4], [5]]) + turn
+        logits = step(caches, ids, together)
+        expected = torch.cat([run("qwen3", ids[i : i + 1], each) for i, each in enumerate(alone)])
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+    assert len(attended) == 4 * len(caches[0].layers)
+    assert not any(each is None for each in attended)
+    assert (caches[1].stats().demoted_chunks > 0) == moves
     for cache in [*caches, *alone]:
         cache.close()
 

@@ -49,6 +49,7 @@ def test_problem_of_an_exception_is_the_one_of_the_table(
         (errors.QueueFull("x", 0.01), "Retry-After", "1"),
         (errors.Draining("x"), "Retry-After", "2"),
         (errors.SessionBusy("x"), "Retry-After", "2"),
+        (errors.SessionBusy("x", 28.2), "Retry-After", "29"),
         (errors.QuotaExceeded("x"), "x-should-retry", "false"),
         (errors.Incompatible("x"), "x-should-retry", "false"),
         (DiskFull("x"), "x-should-retry", "false"),

@@ -67,7 +67,7 @@ def test_request_is_one_line_with_its_counts_and_times(stream: io.StringIO) -> N
         "total_ms": 1000.0,
         "finish": "stop",
         "disconnect": False,
-        "cached": {"device": 1, "host": 1, "disk": 1},
+        "cached": {"device": 1, "host": 1, "disk": 1, "remote": 0},
         "queue_ms": 250.0,
         "restore_ms": 500.0,
         "miss": "diverged",

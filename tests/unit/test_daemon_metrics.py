@@ -13,6 +13,7 @@ from offload.daemon.ops.metrics_histograms import RequestMetrics
 from offload.daemon.ops.status_wear import DiskWear
 from offload.daemon.ops.watched_engine import RequestRecord
 from offload.daemon.requests import CachedTokens, Finished, GenerationRequest, Sampling
+from offload.daemon.sharing.sharing_state import SharingState
 from offload.daemon.state import EngineState, TierState, Totals
 
 TOTALS = Totals(
@@ -138,6 +139,14 @@ def test_metric_of_llamacpp_has_its_name_and_our_number(name: str, value: float)
 )
 def test_metric_of_our_own_has_our_number(name: str, labels: dict[str, str], value: float) -> None:
     assert collected()[name, frozenset(labels.items())] == value
+
+
+def test_sharing_shows_where_there_is_any() -> None:
+    sharing = SharingState(is_reachable=False, num_held=3, publications=4, lost_leases=1)
+    found = collected(replace(STATE, sharing=sharing))
+    names = ("reachable", "held_sessions", "publications_total", "lost_leases_total")
+    assert [found[f"offload_sharing_{name}", frozenset()] for name in names] == [0, 3, 4, 1]
+    assert not [name for name, _ in collected() if name.startswith("offload_sharing")]
 
 
 def test_names_of_others_are_left_out_where_they_are_not_wanted() -> None:

@@ -97,3 +97,31 @@ def test_bad_records_of_somebody_else_are_named_after_any_read_that_met_them(
             transfer.wait(WAIT_S)
         assert (path, 1) in ours.take_suspects()
         assert ours.take_suspects() == []
+
+
+def test_file_of_somebody_else_is_forgotten_with_its_last_slot_and_can_come_again(
+    tmp_path: Path,
+) -> None:
+    with (
+        closing(make_disk_tier(tmp_path / "theirs", 8, WHOLE_PAGES)) as theirs,
+        closing(make_disk_tier(tmp_path / "ours", 8, WHOLE_PAGES)) as ours,
+    ):
+        _, infos, sources = write_records(theirs, 3)
+        [path] = (tmp_path / "theirs").iterdir()
+        first = ours.adopt(path, b"model", [0, 1])
+        again = ours.adopt(path, b"model", [1, 2])
+        assert first[1] == again[0]
+
+        ours.free(first)
+        out = make_buffers(1, WHOLE_PAGES)
+        ours.read(again[1:], infos[2:], out).wait(WAIT_S)
+        assert torch.equal(out[0], sources[2])
+        ours.free(again[1:])
+        assert not ours._adopted._numbers
+        assert path not in ours._files._paths.values()
+
+        [anew] = ours.adopt(path, b"model", [2])
+        assert anew not in (*first, *again)
+        ours.read([anew], infos[2:], out).wait(WAIT_S)
+        assert path.exists()
+        ours.check_integrity()

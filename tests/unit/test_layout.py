@@ -15,7 +15,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = ("kernels", "tiers", "index", "prefetch")
 SUBPACKAGES = (
     *("bench", "evals", "plugins", "sessions", "sparse", "video"),
-    *("daemon", "daemon/http", "daemon/ops", "daemon/work"),
+    *("daemon", "daemon/http", "daemon/ops", "daemon/sharing", "daemon/work"),
 )
 """Folders inside ``offload/`` itself."""
 NESTED = {"tiers": ("near",)}
@@ -91,6 +91,8 @@ OPTIONAL = {"PIL", "av", "llvmlite", "matplotlib", "numba", "triton"} | {
     "cryptography",
     # The remote tier.
     "obstore",
+    # Replicas of the daemon.
+    "ray",
     # Engines that load a plug-in.
     "sglang",
     "vllm",

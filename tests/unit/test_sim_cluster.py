@@ -173,6 +173,18 @@ def test_request_of_a_session_is_asked_after_the_last_answer_has_ended() -> None
     assert second.arrival_s == first.end_s
 
 
+def test_answer_waits_for_its_next_token_while_another_is_saved() -> None:
+    short, long = (
+        TraceRequest(0.0, 512, tokens, (session,), session)
+        for session, tokens in enumerate((4, 40))
+    )
+    found = simulate(Trace((short, long), 512), replace(BOX, is_blocking=True, write_s=1.0))
+
+    waits = [gap_s for gap_s, count in found.gaps for _ in range(count) if gap_s > 0.5]
+    assert len(waits) == 1
+    assert waits[0] > 1.0
+
+
 def test_answers_side_by_side_take_one_step_together() -> None:
     box = replace(BOX, request_s=0.0, decode_row_s=0.0, prefill_pair_s=0.0)
     turns = [TraceRequest(0.0, 100, 11, (n,), n) for n in range(4)]

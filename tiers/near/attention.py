@@ -1,7 +1,8 @@
 """Attention over the records of one worker: all of them, or those that SparF names."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Executor, Future
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ from offload.kernels import dispatch, sparf
 from offload.kernels.reference import merge
 from offload.tiers.near.channel_store import ChannelStore
 from offload.tiers.near.channel_table import Found
+from offload.tiers.near.groups import GroupReader
+from offload.tiers.near.piece_cache import PieceCache
 from offload.tiers.near.records import Ints, ShardRecords
 from offload.tiers.near.scratch_memory import thread_memory
 from offload.tiers.near.sparf_settings import SparF
@@ -48,18 +51,24 @@ class ShardAttention:
     records : ShardRecords
     channels : ChannelStore or None
         Needed by SparF only.
+    cache : PieceCache
+        Of groups of tokens.
     ahead : Executor
         Reads records that will be attended next; its threads call nothing of this.
     """
 
     def __init__(
-        self, records: ShardRecords, channels: ChannelStore | None, ahead: Executor
+        self,
+        records: ShardRecords,
+        channels: ChannelStore | None,
+        cache: PieceCache,
+        ahead: Executor,
     ) -> None:
         self._records = records
+        self._groups = GroupReader(records, cache)
         self._channels = channels
         self._ahead = ahead
         self._layout = records.layout
-        self._row_bytes = records.fmt.head_bytes // records.layout.chunk_tokens
         self.meter = ReadMeter()
         """What was read to attend, and not to be fetched."""
 
@@ -115,10 +124,10 @@ class ShardAttention:
         chosen, alpha = sparf.choose_groups(logits, group, num_groups)
         heads = np.repeat(np.arange(len(chosen)), chosen.shape[1])
         chunk, inside = np.divmod(chosen.reshape(-1), size // group)
-        places = self._records.read_groups(slots[chunk], heads, inside * group, group)
-        self.meter.add(len(places) * group * self._row_bytes, len(places))
-        addresses = torch.from_numpy(places.reshape(chosen.shape))
-        read = self._attend(query, addresses, group)
+        with closing(self._groups.read(slots[chunk], heads, inside * group, group)) as groups:
+            self.meter.add(groups.bytes_read, groups.num_reads)
+            addresses = torch.from_numpy(groups.addresses.reshape(chosen.shape))
+            read = self._attend(query, addresses, group)
         mean = self._channels.means(row.found)
         out, lse = sparf.finish(read.out.numpy(), read.lse.numpy(), alpha, mean)
         return Partial(torch.from_numpy(out), torch.from_numpy(lse))
@@ -143,20 +152,25 @@ class ShardAttention:
                 return None
             try:
                 runs = self._channels.read(found, channels)
-                self.meter.add(runs.bytes_read, channels.size * len(runs.addresses))
             except CorruptChunk:
                 continue  # the damaged block is gone; its chunks are copied once more
-            return sparf.approximate(
-                asked,
-                channels,
-                coverage,
-                runs.addresses,
-                runs.scales,
-                found.block,
-                found.column,
-                self._layout.chunk_tokens,
-            )
+            with closing(runs):
+                self.meter.add(runs.bytes_read, runs.num_reads)
+                return sparf.approximate(
+                    asked,
+                    channels,
+                    coverage,
+                    runs.addresses,
+                    runs.scales,
+                    found.block,
+                    found.column,
+                    self._layout.chunk_tokens,
+                )
         return None
+
+    def forget(self, slots: Collection[SlotId]) -> None:
+        """Drop what is kept of chunks that are dead."""
+        self._groups.forget(slots)
 
     def _rebuild(self, slots: Ints) -> None:
         """Copy the keys of records into the channel store."""

@@ -4,10 +4,8 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from offload.errors import StorageError
@@ -16,10 +14,11 @@ from offload.tiers.aio import thread_queue
 from offload.tiers.near.channel_block import BadBlocks, Block, Floats, Ints
 from offload.tiers.near.channel_file import BlockFiles
 from offload.tiers.near.channel_table import Found
+from offload.tiers.near.extents import Extents, plan_reads
+from offload.tiers.near.piece_cache import PieceCache
 from offload.tiers.near.scratch_memory import thread_memory
 from offload.tiers.read_meter import ReadMeter
 from offload.tiers.syscalls import VectoredCall, read_fully
-from offload.types import PAGE_BYTES
 
 _MAX_OPEN = 128
 """Files of one thread that are open at a time."""
@@ -27,7 +26,7 @@ _MAX_OPEN = 128
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Runs:
-    """Codes of some channels of some blocks.
+    """Codes of some channels of some blocks, in use until ``close``.
 
     Attributes
     ----------
@@ -38,32 +37,28 @@ class Runs:
         Times a code, they give the key.
     bytes_read : int
         From files.
+    num_reads : int
+        In which they came.
     found : Found
-        Holds the codes that are in memory.
+        Holds the codes of tails.
     memory : Tensor, uint8
         Holds those that were read.
+    cache : PieceCache
+        Holds those that were read before, at ``places``.
     """
 
     addresses: Ints
     scales: Floats
     bytes_read: int
+    num_reads: int
     found: Found
     memory: Tensor
-
-
-class Extents(NamedTuple):
-    """Pages to read: runs of one block that share pages, or whose pages follow each other.
-
-    Attributes
-    ----------
-    block, offsets, num_bytes, places : ndarray, int64 [num_extents]
-        In which file, where, how long, and where in memory; in the order of the files.
-    """
-
-    block: Ints
-    offsets: Ints
-    num_bytes: Ints
+    cache: PieceCache
     places: Ints
+
+    def close(self) -> None:
+        """Say, once, that nothing of it is needed any more."""
+        self.cache.give_back(self.places)
 
 
 class RunReader:
@@ -72,12 +67,17 @@ class RunReader:
     Parameters
     ----------
     files : BlockFiles
+    cache : PieceCache
+        Of runs that were read and verified, by block and run.
     preadv : callable
     meter : ReadMeter
     """
 
-    def __init__(self, files: BlockFiles, preadv: VectoredCall, meter: ReadMeter) -> None:
+    def __init__(
+        self, files: BlockFiles, cache: PieceCache, preadv: VectoredCall, meter: ReadMeter
+    ) -> None:
         self._files = files
+        self._cache = cache
         self._preadv = preadv
         self._meter = meter
 
@@ -86,35 +86,62 @@ class RunReader:
         num_blocks, heads, dim = found.scales.shape
         runs = (channels + dim * np.arange(heads)[:, None]).reshape(-1)
         scales = found.scales.reshape(num_blocks, heads * dim)[:, runs]
-        addresses = found.starts[:, None] + found.run_bytes[:, None] * runs
-        memory, bytes_read = torch.empty(0, dtype=torch.uint8), 0
-        if found.is_file.any():
-            in_files = np.flatnonzero(found.is_file)
-            blocks = [found.blocks[index] for index in in_files]
-            lengths = found.run_bytes[in_files]
-            extents, offsets = plan_reads(addresses[in_files], lengths)
-            bytes_read = int(extents.num_bytes.sum())
-            memory = thread_memory("channel runs", bytes_read)
-            for first in range(0, len(blocks), _MAX_OPEN):
-                self._read(blocks, first, extents, memory)
-            self._meter.add(bytes_read, len(extents.offsets))
-            addresses[in_files] = memory.data_ptr() + offsets
-            self._verify(blocks, addresses[in_files], lengths, runs)
+        addresses = (found.starts[:, None] + found.run_bytes[:, None] * runs).reshape(-1)
+        numbers = np.array([block.number for block in found.blocks], np.int64)
+        keys = (numbers[:, None] * (heads * dim) + runs).reshape(-1)
+        in_files = np.flatnonzero(np.repeat(found.is_file, len(runs)))
+        places = self._cache.take(keys[in_files])
+        is_there = places >= 0
+        places, missed = places[is_there], in_files[~is_there]
+        addresses[in_files[is_there]] = self._cache.address(places)
+        try:
+            memory, extents = self._read_missed(found, addresses, runs, missed)
+            lengths = np.repeat(found.run_bytes, len(runs))[missed]
+            self._cache.keep(keys[missed], addresses[missed], lengths)
+        except BaseException:
+            self._cache.give_back(places)
+            raise
         shape = (num_blocks, *channels.shape)
-        return Runs(addresses.reshape(shape), scales.reshape(shape), bytes_read, found, memory)
+        return Runs(
+            addresses.reshape(shape),
+            scales.reshape(shape),
+            int(extents.num_bytes.sum()),
+            len(extents.offsets),
+            found,
+            memory,
+            self._cache,
+            places,
+        )
+
+    def _read_missed(
+        self, found: Found, addresses: Ints, runs: Ints, missed: Ints
+    ) -> tuple[Tensor, Extents]:
+        """Read some runs and put where they are in place of where they were."""
+        block, run = np.divmod(missed, max(1, len(runs)))
+        lengths = found.run_bytes[block]
+        extents, offsets = plan_reads(block, addresses[missed], lengths)
+        bytes_read = int(extents.num_bytes.sum())
+        memory = thread_memory("channel runs", bytes_read)
+        if len(missed):
+            for first in range(0, len(found.blocks), _MAX_OPEN):
+                self._read(found.blocks, first, extents, memory)
+            self._meter.add(bytes_read, len(extents.offsets))
+            addresses[missed] = memory.data_ptr() + offsets
+            self._verify(found.blocks, block, runs[run], addresses[missed], lengths)
+        return memory, extents
 
     def _read(self, blocks: Sequence[Block], first: int, extents: Extents, memory: Tensor) -> None:
         """Read the extents of at most ``_MAX_OPEN`` blocks."""
-        here = slice(*np.searchsorted(extents.block, [first, first + _MAX_OPEN]))
+        here = slice(*np.searchsorted(extents.file, [first, first + _MAX_OPEN]))
         block, offsets, num_bytes, places = (each[here] for each in extents)
         with ExitStack() as stack:
-            fds = []
-            for each in blocks[first : first + _MAX_OPEN]:
-                fds.append(self._open(each))
-                stack.callback(os.close, fds[-1])
+            fds = np.full(_MAX_OPEN, -1, np.int64)
+            for index in np.unique(block).tolist():
+                fds[index - first] = fd = self._open(blocks[index])
+                stack.callback(os.close, fd)
             queue = thread_queue() if self._files.is_direct else None
             if queue is not None and self._preadv is os.preadv:
-                own = np.array(fds)[block - first]
+                own = fds[block - first]
                 if queue.read(own, offsets, memory.data_ptr() + places, num_bytes):
                     return
             into = memory.numpy().data
@@ -123,7 +150,7 @@ class RunReader:
                 file = str(self._files.path(blocks[index].number))
                 piece = into[place : place + length]
                 try:
-                    read_fully(fds[index - first], [piece], offset, file, self._preadv)
+                    read_fully(int(fds[index - first]), [piece], offset, file, self._preadv)
                 except StorageError as error:
                     raise BadBlocks(f"{error}", [blocks[index].number]) from error
 
@@ -136,53 +163,24 @@ class RunReader:
             raise
 
     def _verify(
-        self, blocks: Sequence[Block], addresses: Ints, run_bytes: Ints, runs: Ints
+        self, blocks: Sequence[Block], block: Ints, runs: Ints, addresses: Ints, run_bytes: Ints
     ) -> None:
-        bad: list[tuple[Block, str]] = []
+        own = np.empty(len(block), np.uint64)
         for length in set(run_bytes.tolist()):
-            alike = np.flatnonzero(run_bytes == length)
-            own = checksums(addresses[alike].reshape(-1), length).reshape(len(alike), -1)
-            for index, found in zip(alike.tolist(), own, strict=True):
-                block = blocks[index]
-                stored = block.checksums.reshape(-1)[runs]
-                for run in np.flatnonzero(found != stored)[:1]:
-                    head, channel = divmod(int(runs[run]), block.scales.shape[1])
-                    what = f"head {head}, channel {channel}: {found[run]:016x}, the header says"
-                    bad.append((block, f"{what} {stored[run]:016x}"))
+            alike = run_bytes == length
+            own[alike] = checksums(addresses[alike], length)
+        bad: dict[int, str] = {}
+        for index in np.unique(block).tolist():
+            here = np.flatnonzero(block == index)
+            stored = blocks[index].checksums.reshape(-1)[runs[here]]
+            for i in np.flatnonzero(own[here] != stored)[:1].tolist():
+                head, channel = divmod(int(runs[here[i]]), blocks[index].scales.shape[1])
+                what = f"head {head}, channel {channel}: {own[here[i]]:016x}, the header says"
+                bad[index] = f"{what} {stored[i]:016x}"
         if bad:
-            block, what = bad[0]
+            numbers = [blocks[index].number for index in bad]
             raise BadBlocks(
-                f"{self._files.path(block.number)}: {len(bad)} of {len(blocks)} blocks have a "
-                f"wrong checksum, first block {block.number}, {what}",
-                [block.number for block, _ in bad],
+                f"{self._files.path(numbers[0])}: {len(bad)} of {len(blocks)} blocks have a wrong "
+                f"checksum, first block {numbers[0]}, {next(iter(bad.values()))}",
+                numbers,
             )
-
-
-def plan_reads(starts: Ints, run_bytes: Ints) -> tuple[Extents, Ints]:
-    """Join runs into extents of whole pages. Pure.
-
-    Parameters
-    ----------
-    starts : ndarray, int64 [num_files, num_runs]
-        Where each run begins in its file.
-    run_bytes : ndarray, int64 [num_files]
-
-    Returns
-    -------
-    Extents
-    ndarray, int64 [num_files, num_runs]
-        Where in memory each run will begin.
-    """
-    first = starts // PAGE_BYTES
-    end = -(-(starts + run_bytes[:, None]) // PAGE_BYTES)
-    is_new = np.ones(starts.shape, np.bool_)
-    # Runs that are not in order begin a new extent, too: slower, and as right.
-    is_new[:, 1:] = (first[:, 1:] > end[:, :-1]) | (first[:, 1:] < first[:, :-1])
-    leads = np.flatnonzero(is_new)
-    tails = np.append(leads[1:], starts.size) - 1
-    offsets = first.reshape(-1)[leads] * PAGE_BYTES
-    num_bytes = end.reshape(-1)[tails] * PAGE_BYTES - offsets
-    places = np.cumsum(num_bytes) - num_bytes
-    extent = np.cumsum(is_new.reshape(-1)) - 1
-    memory = starts + (places - offsets)[extent].reshape(starts.shape)
-    return Extents(leads // starts.shape[1], offsets, num_bytes, places), memory

@@ -9,11 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from offload.errors import ConfigError
-from offload.tiers.near.channel_block import BadBlocks, BlockFormat, Floats, Ints, Lane
+from offload.tiers.near.channel_block import BadBlocks, Block, BlockFormat, Floats, Ints, Lane
 from offload.tiers.near.channel_file import BlockFiles
 from offload.tiers.near.channel_runs import RunReader, Runs
 from offload.tiers.near.channel_table import COLUMN_BITS, ChannelTable, Found
 from offload.tiers.near.channel_writer import TailWriter
+from offload.tiers.near.piece_cache import PieceCache
 from offload.tiers.read_meter import ReadMeter
 from offload.tiers.syscalls import VectoredCall
 from offload.types import ChunkLayout
@@ -45,8 +46,11 @@ class ChannelStore:
     block_tokens : int
         Tokens of a full block, at least one chunk.
     memory_bytes : int
-        Limit of all tails. At the limit the longest tail is written short; if that fails, the
-        oldest one is dropped. On top come twice the block being written, and what threads read.
+        Limit of all tails, and of runs that were read and are kept in what room the tails leave. At
+        the limit the longest tail is written short; if that fails, the oldest one is dropped. On
+        top come twice the block being written, and what threads read or still use.
+    cache : PieceCache, optional
+        Of ``memory_bytes``, whose pieces are as long as runs; keys that are negative are others'.
     preadv, pwritev : callable
         The system calls; replaceable to see what a failing disk does.
 
@@ -69,6 +73,7 @@ class ChannelStore:
         token: str,
         block_tokens: int = 8192,
         memory_bytes: int = 256 << 20,
+        cache: PieceCache | None = None,
         preadv: VectoredCall = os.preadv,
         pwritev: VectoredCall = os.pwritev,
     ) -> None:
@@ -84,13 +89,16 @@ class ChannelStore:
             )
         self._files = BlockFiles(directory, BlockFormat(layout, token), pwritev)
         self.meter = ReadMeter()
-        self._reader = RunReader(self._files, preadv, self.meter)
         self._table = ChannelTable(layout)
+        self._memory_bytes = memory_bytes
+        self._cache = cache or PieceCache(memory_bytes, block_chunks * layout.chunk_tokens)
+        self._reader = RunReader(self._files, self._cache, preadv, self.meter)
         blocks, self._num_damaged = self._files.recover()
         for block in blocks:
             self._files.unlink(self._table.hold(block, range(len(block.slots))))
         number = blocks[-1].number + 1 if blocks else 0
-        self._writer = TailWriter(self._table, self._files, number, max_chunks, block_chunks)
+        limits = (max_chunks, block_chunks)
+        self._writer = TailWriter(self._table, self._files, number, *limits, self._fit)
 
     @property
     def slots(self) -> list[int]:
@@ -108,9 +116,10 @@ class ChannelStore:
         Returns
         -------
         dict
-            ``blocks`` and ``disk_bytes`` of files; ``tail_bytes`` in memory; chunks ``dropped``
-            (with bad blocks, or at the limit on memory) and ``rebuilt`` of those; ``damaged`` files
-            found at the start; ``failed`` attempts to write a block.
+            ``blocks`` and ``disk_bytes`` of files; ``tail_bytes`` and ``kept_bytes`` of runs in
+            memory; runs that were there when they were needed, ``hits``, or not, ``misses``; chunks
+            ``dropped`` (with bad blocks, or at the limit on memory) and ``rebuilt`` of those;
+            ``damaged`` files found at the start; ``failed`` attempts to write a block.
         """
         with self._table.lock:
             files = self._table.files
@@ -118,6 +127,9 @@ class ChannelStore:
                 "blocks": len(files),
                 "disk_bytes": sum(self._files.fmt.file_bytes(len(file.slots)) for file in files),
                 "tail_bytes": self._table.num_in_memory * self._chunk_bytes,
+                "kept_bytes": self._cache.num_bytes,
+                "hits": self._cache.num_hits,
+                "misses": self._cache.num_misses,
                 "dropped": self._table.num_dropped,
                 "rebuilt": self._table.num_rebuilt,
                 "damaged": self._num_damaged,
@@ -174,7 +186,7 @@ class ChannelStore:
         Returns
         -------
         Runs
-            In memory that the next ``read`` of the same thread overwrites.
+            In memory that the next ``read`` of the same thread overwrites. Close it.
 
         Raises
         ------
@@ -184,13 +196,19 @@ class ChannelStore:
         StorageError
             A file cannot be opened.
         """
-        self._writer.check_open()
+        with self._table.lock:
+            self._writer.check_open()
+            self._fit(self._table.num_in_memory)
         try:
-            return self._reader.read(found, channels)
+            runs = self._reader.read(found, channels)
         except BadBlocks as error:
             for number in error.numbers:
                 self.drop(number)
             raise
+        with self._table.lock:  # blocks that went meanwhile leave nothing
+            gone = [block for block in found.blocks if self._table.block(block.number) is None]
+        self._drop_runs(gone)
+        return runs
 
     def means(self, found: Found) -> Floats:
         """Return the mean of V over the chunks that were found.
@@ -229,7 +247,7 @@ class ChannelStore:
             dead = self._table.release(slots)
             left = [block for block in thin if self._table.block(block.number) is not None]
             dead += self._table.give_up(left)
-        self._files.unlink(dead)
+        self._remove(dead)
 
     def retain(self, slots: Collection[int]) -> None:
         """Forget everything but these; says after a restart which slots are alive."""
@@ -247,7 +265,7 @@ class ChannelStore:
             self._writer.check_open()
             there = self._table.block(block)
             dead = [] if there is None else self._table.give_up([there])
-        self._files.unlink(dead)
+        self._remove(dead)
 
     def flush(self) -> None:
         """Write every tail, however short.
@@ -277,12 +295,29 @@ class ChannelStore:
         self._writer.close()
         with self._table.lock:
             dead = self._table.release(self._table.slots)
+        self._drop_runs(dead)
         self._files.unlink(dead if remove else [])
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the books do not balance."""
         with self._table.lock:
             self._table.check_integrity()
+            stats_bytes = self._table.num_in_memory * self._chunk_bytes
+        self._cache.check_integrity()
+        assert stats_bytes + self._cache.num_bytes <= self._memory_bytes
+
+    def _fit(self, num_in_memory: int) -> None:
+        """Leave tails of so many chunks their room; the caller has the lock of the table."""
+        self._cache.limit(self._memory_bytes - num_in_memory * self._chunk_bytes)
+
+    def _remove(self, dead: Collection[Block]) -> None:
+        self._drop_runs(dead)
+        self._files.unlink(dead)
+
+    def _drop_runs(self, dead: Collection[Block]) -> None:
+        num_runs = self._files.fmt.num_runs
+        for block in dead:
+            self._cache.drop(range(block.number * num_runs, (block.number + 1) * num_runs))
 
 
 def _of_each(lanes: Lane | Sequence[Lane], count: int) -> Sequence[Lane]:

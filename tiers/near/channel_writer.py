@@ -3,7 +3,7 @@
 import itertools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -32,6 +32,8 @@ class TailWriter:
         Of all tails.
     block_chunks : int
         Of a full block.
+    fit : callable
+        Called, with the table locked, before there are so many chunks in memory.
 
     Attributes
     ----------
@@ -47,6 +49,7 @@ class TailWriter:
         first_number: int,
         max_chunks: int,
         block_chunks: int,
+        fit: Callable[[int], None],
     ) -> None:
         self.num_failed = 0
         self.is_closed = False
@@ -55,6 +58,7 @@ class TailWriter:
         self._numbers = itertools.count(first_number)
         self._max_chunks = max_chunks
         self._block_chunks = block_chunks
+        self._fit = fit
         self._writing = threading.Lock()
         """Taken before the lock of the table."""
 
@@ -99,6 +103,7 @@ class TailWriter:
                 return True
             if self._table.num_in_memory >= self._max_chunks:
                 return False
+            self._fit(self._table.num_in_memory + 1)
             self._table.hold(block, [0])
             return True
 

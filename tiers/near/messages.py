@@ -36,7 +36,7 @@ class WorkerConfig:
     block_tokens : int
         Of a block of channels.
     memory_bytes : int
-        For the channels of blocks that are not full.
+        For the channels of blocks that are not full, and for what was read lately.
     frame_bytes, num_frames : int
         Of the part of the shared memory that holds chunks.
     call_bytes, num_calls : int

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offload.errors import CorruptChunk
-from offload.kernels.xxh3 import checksums
 from offload.tiers.aio import thread_queue
 from offload.tiers.io_engine import IoEngine
 from offload.tiers.io_plan import Operation
+from offload.tiers.near.extents import Extents
 from offload.tiers.near.scratch_memory import thread_memory
 from offload.tiers.read_meter import ReadMeter
 from offload.tiers.record import RecordFormat
@@ -134,39 +134,61 @@ class ShardRecords:
             raise CorruptChunk(f"slot {slot} holds no record (never written, failed or freed)")
         return info
 
-    def read_groups(self, slots: Ints, heads: Ints, first: Ints, num_tokens: int) -> Ints:
-        """Read runs of tokens of single heads, all at once, and verify them.
+    def read_pages(self, extents: Extents, memory: Tensor) -> None:
+        """Read pages of segments into memory, all at once; nothing is verified.
 
         Parameters
         ----------
-        slots, heads, first : ndarray, int64 [n]
-            Of each run: its record, its head and its first token in the chunk.
-        num_tokens : int
-            A multiple of ``group_tokens``, as each of ``first``.
+        extents : Extents
+            Of segments, by their numbers.
+        memory : Tensor, uint8
 
-        Returns
-        -------
-        ndarray, int64 [n]
-            Addresses of the runs, in memory that this thread uses again at its next call.
+        Raises
+        ------
+        StorageError
+        """
+        direct = self._io.is_direct
+        numbers = np.unique(extents.file)
+        addresses = extents.places + memory.data_ptr()
+        with ExitStack() as opened:
+            fds = [
+                opened.enter_context(self._files.open(number, writing=False, direct=direct))
+                for number in numbers.tolist()
+            ]
+            each = np.array(fds, np.int64)[np.searchsorted(numbers, extents.file)]
+            queue = thread_queue() if direct and self._io.preadv is os.preadv else None
+            if queue is None or not queue.read(each, extents.offsets, addresses, extents.num_bytes):
+                view = memory.numpy().data
+                for fd, (segment, offset, length, at) in zip(
+                    each.tolist(), np.stack(extents, 1).tolist(), strict=True
+                ):
+                    file = str(self._files.path(segment))
+                    read_fully(fd, [view[at : at + length]], offset, file, self._io.preadv)
+        self.meter.add(int(extents.num_bytes.sum()), len(extents.offsets))
+
+    def checksums(self, slot: SlotId) -> NDArray[np.uint64]:
+        """Return those of the units of a record; its header is read if it is not known.
 
         Raises
         ------
         CorruptChunk, StorageError
         """
-        fmt = self.fmt
-        row_bytes = fmt.unit_bytes // fmt.unit_tokens
-        inside = heads * fmt.head_bytes + first * row_bytes
-        start = (slots & 0xFFFFFFFF) * fmt.record_bytes + PAGE_BYTES + inside
-        begin = start // PAGE_BYTES * PAGE_BYTES
-        end = -(-(start + num_tokens * row_bytes) // PAGE_BYTES) * PAGE_BYTES
-        sizes = end - begin
-        places = np.cumsum(sizes) - sizes
-        memory = thread_memory("groups", int(sizes.sum()))
-        addresses: Ints = places + memory.data_ptr()
-        self._read_pieces(slots >> 32, begin, addresses, sizes, memory)
-        addresses += start - begin
-        self._verify(slots, heads, first, num_tokens, addresses)
-        return addresses
+        known = self._checksums_of.get(slot)
+        if known is not None:
+            return known
+        info, place = self.info(slot), locate(slot)
+        stored = self._io.known(place, info)
+        if stored is None:
+            page = thread_memory("header", PAGE_BYTES)[:PAGE_BYTES]
+
+            def move(fd: int, file: str) -> None:
+                read_fully(fd, [page.numpy().data], self._io.start_of(place), file, self._io.preadv)
+
+            self._io.on_file(place[0], move, writing=False, is_aligned=True)
+            stored = check_header(page.numpy().data, self.fmt, info)
+            self._headers[place] = stored
+        found = self._checksums_of[slot] = np.frombuffer(stored.checksums, np.uint64)
+        return found
 
     def forget(
         self, slots: Sequence[SlotId], holes: Sequence[Hole], dead_segments: Sequence[int]
@@ -210,69 +232,3 @@ class ShardRecords:
         failed = [error for future in futures if (error := future.exception()) is not None]
         if failed:
             raise failed[0]
-
-    def _read_pieces(
-        self, segments: Ints, offsets: Ints, addresses: Ints, sizes: Ints, memory: Tensor
-    ) -> None:
-        direct = self._io.is_direct
-        numbers = np.unique(segments)
-        with ExitStack() as opened:
-            fds = {
-                int(number): opened.enter_context(
-                    self._files.open(int(number), writing=False, direct=direct)
-                )
-                for number in numbers
-            }
-            files = np.array([fds[int(number)] for number in numbers], np.int64)
-            each = files[np.searchsorted(numbers, segments)]
-            queue = thread_queue() if direct and self._io.preadv is os.preadv else None
-            if queue is None or not queue.read(each, offsets, addresses, sizes):
-                base, view = memory.data_ptr(), memory.numpy().data
-                for i, fd in enumerate(each):
-                    at = int(addresses[i]) - base
-                    part = view[at : at + int(sizes[i])]
-                    file = str(self._files.path(int(segments[i])))
-                    read_fully(int(fd), [part], int(offsets[i]), file, self._io.preadv)
-        self.meter.add(int(sizes.sum()), len(sizes))
-
-    def _verify(
-        self, slots: Ints, heads: Ints, first: Ints, num_tokens: int, addresses: Ints
-    ) -> None:
-        fmt = self.fmt
-        each = num_tokens // fmt.unit_tokens
-        names, which = np.unique(slots, return_inverse=True)
-        expected = np.stack([self._checksums(SlotId(int(name))) for name in names])
-        units = heads * fmt.units_per_head + first // fmt.unit_tokens
-        steps = np.arange(each)
-        places = (addresses[:, None] + steps * fmt.unit_bytes).reshape(-1)
-        found = checksums(places, fmt.unit_bytes).reshape(-1, each)
-        wrong = found != expected[which[:, None], units[:, None] + steps]
-        if wrong.any():
-            bad = np.argwhere(wrong)[0]
-            i, unit = int(bad[0]), int(units[bad[0]] + bad[1])
-            info = self.info(SlotId(int(slots[i])))
-            raise CorruptChunk(
-                f"chunk {info.chunk_id} (layer {info.layer}, token {info.first_token}): the "
-                f"checksum of {int(wrong.sum())} of {wrong.size} units is wrong, first unit {unit}:"
-                f" {int(found[i, bad[1]]):016x}, the record says "
-                f"{int(expected[which[i], unit]):016x}"
-            )
-
-    def _checksums(self, slot: SlotId) -> NDArray[np.uint64]:
-        """Return those of the units of a record; its header is read if it is not known."""
-        known = self._checksums_of.get(slot)
-        if known is not None:
-            return known
-        info, place = self.info(slot), locate(slot)
-        stored = self._io.known(place, info)
-        if stored is None:
-            page = thread_memory("header", PAGE_BYTES)[:PAGE_BYTES]
-
-            def move(fd: int, file: str) -> None:
-                read_fully(fd, [page.numpy().data], self._io.start_of(place), file, self._io.preadv)
-
-            self._io.on_file(place[0], move, writing=False, is_aligned=True)
-            stored = check_header(page.numpy().data, self.fmt, info)
-            self._headers[place] = stored
-        found = self._checksums_of[slot] = np.frombuffer(stored.checksums, np.uint64)
-        return found

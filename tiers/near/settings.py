@@ -20,7 +20,7 @@ class NearSettings:
     block_tokens : int
         Of a block of channels: a run of one channel is as many bytes, and reads are as long.
     memory_bytes : int
-        Of each worker, for channels of blocks that are not full.
+        Of each worker, for channels of blocks that are not full, and for what it has read lately.
     shared_bytes : int
         Of each worker, for chunks on their way.
     cpus_per_worker : int

@@ -23,6 +23,7 @@ from offload.tiers.near.messages import (
     WorkerConfig,
     Write,
 )
+from offload.tiers.near.piece_cache import PieceCache
 from offload.tiers.near.records import ShardRecords
 from offload.tiers.near.sparf_settings import SparF
 from offload.tiers.near.wire import CallFormat
@@ -57,6 +58,7 @@ class Shard:
             num_threads=config.num_threads,
             deadline_s=config.deadline_s,
         )
+        cache = PieceCache(config.memory_bytes * config.has_channels, config.block_tokens)
         self._channels = (
             ChannelStore(
                 config.directory,
@@ -64,6 +66,7 @@ class Shard:
                 token=config.token,
                 block_tokens=config.block_tokens,
                 memory_bytes=config.memory_bytes,
+                cache=cache,
             )
             if config.has_channels
             else None
@@ -72,7 +75,7 @@ class Shard:
         self._ahead = pool(thread_name_prefix="near-ahead")
         self._moving = pool(thread_name_prefix="near-move")
         self._attending = pool(thread_name_prefix="near-attend")
-        self._attention = ShardAttention(self._records, self._channels, self._ahead)
+        self._attention = ShardAttention(self._records, self._channels, cache, self._ahead)
         self._rows: dict[int, RowChunks] = {}
         self._attended = 0
         self._lock = threading.Lock()
@@ -132,6 +135,7 @@ class Shard:
             self._rows.pop(name, None)
         if self._channels is not None:
             self._channels.forget(body.slots)
+            self._attention.forget(body.slots)
         return self._records.forget(body.slots, body.holes, body.dead_segments)
 
     def _slots_of(self, frames: Sequence[int]) -> list[Tensor]:

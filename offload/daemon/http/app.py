@@ -116,7 +116,7 @@ def _context(
         guard=guard,
         renderer=Renderer(engine.model.tokenizer, engine.model.eos_token_ids),
         store=HttpStore(
-            options.data_path,
+            options.store_path or options.data_path,
             options.response_ttl_s,
             options.max_stored_rows,
             options.max_store_bytes,

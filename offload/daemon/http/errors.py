@@ -1,6 +1,7 @@
 """What goes wrong, as each API says it: a status and a body, or an event amid a stream."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -89,7 +90,6 @@ _PLAIN: Final[tuple[tuple[type[Exception], int, str, str | None, Mapping[str, st
     (errors.ModelNotFound, 404, "invalid_request_error", "model_not_found", {}),
     (errors.UnknownSession, 404, "invalid_request_error", "session_not_found", {}),
     (NotFound, 404, "invalid_request_error", "not_found", {}),
-    (errors.SessionBusy, 409, "conflict_error", "session_busy", _SOON),
     (errors.Incompatible, 409, "conflict_error", "kv_incompatible", _NO_RETRY),
     (errors.QuotaExceeded, 429, "insufficient_quota", "insufficient_quota", _NO_RETRY),
     (errors.Draining, 503, "unavailable_error", "unavailable", _SOON),
@@ -116,6 +116,9 @@ def problem_of(error: Exception) -> Problem:
             wait = {"Retry-After": str(max(1, round(error.retry_after_s)))}
             kind = "rate_limit_exceeded"
             return Problem(429, kind, kind, str(error), headers=wait)
+        case errors.SessionBusy():
+            wait = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+            return Problem(409, "conflict_error", "session_busy", str(error), headers=wait)
         case RequestValidationError():
             return _invalid_fields(error)
         case HTTPException():

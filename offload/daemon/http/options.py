@@ -26,6 +26,8 @@ class HttpOptions:
     ----------
     data_path : Path
         Private folder, made if it is missing, for stored responses and temporary archives.
+    store_path : Path or None
+        Folder of stored responses, if another; several daemons on one machine may share it.
     keepalive_s : float
         Silence after which a stream says that it is alive.
     send_timeout_s : float
@@ -55,6 +57,7 @@ class HttpOptions:
     """
 
     data_path: Path
+    store_path: Path | None = None
     keepalive_s: float = 15.0
     send_timeout_s: float = 60.0
     max_body_bytes: int = 64 << 20

@@ -121,6 +121,7 @@ class BySource(Reply):
     device: int
     host: int
     disk: int
+    remote: int = 0
 
 
 class MissReply(Reply):

@@ -1,5 +1,6 @@
 """Bodies of ``/v1/sessions``."""
 
+from dataclasses import asdict
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -94,7 +95,7 @@ def session_reply(view: SessionView) -> SessionReply:
         id=view.name,
         object="session",
         num_tokens=view.num_tokens,
-        tokens=BySource(device=view.tokens.device, host=view.tokens.host, disk=view.tokens.disk),
+        tokens=BySource(**asdict(view.tokens)),
         size_bytes=view.size_bytes,
         dirty_tokens=view.dirty_tokens,
         state=view.state,

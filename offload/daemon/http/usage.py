@@ -1,5 +1,6 @@
 """What a request cost and what was known already, as each API reports it."""
 
+from dataclasses import asdict
 from typing import Any
 
 from offload.daemon.http.generation import Answer
@@ -10,7 +11,7 @@ def kv_usage(answer: Answer) -> dict[str, Any]:
     started, cached = answer.started, answer.cached
     miss = started.miss if started else None
     return {
-        "by_source": {"device": cached.device, "host": cached.host, "disk": cached.disk},
+        "by_source": asdict(cached),
         "restored_bytes": started.restored_bytes if started else 0,
         "restore_ms": round(started.restore_s * 1e3, 3) if started else 0.0,
         "miss": None if miss is None else {"at_token": miss.at_token, "reason": miss.reason},

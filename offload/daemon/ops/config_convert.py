@@ -6,9 +6,12 @@ import psutil
 
 from offload.daemon.engine_settings import EngineSettings, SessionSettings
 from offload.daemon.http.options import ID_HEADERS, HttpOptions
+from offload.daemon.ops.config_sections import TiersSection
 from offload.daemon.ops.config_units import bytes_of
 from offload.daemon.ops.configuration import Configuration
 from offload.daemon.ops.data_key import open_data_key
+from offload.daemon.sharing.sharing_settings import SharingSettings
+from offload.errors import ConfigError
 from offload.machine import read_gpus, read_memory
 from offload.tiers.scratch import default_parent
 
@@ -33,7 +36,7 @@ def engine_settings(configuration: Configuration) -> EngineSettings:
         tiers=tiers.use,
         capacity=_capacity(configuration) or None,
         policy=tiers.policy,
-        codec=tiers.codec,
+        codec=_codec(tiers),
         chunk_tokens=tiers.chunk_tokens,
         max_context_tokens=configuration.model.max_context_tokens,
         prefill_tokens=running.prefill_tokens,
@@ -44,14 +47,51 @@ def engine_settings(configuration: Configuration) -> EngineSettings:
         min_free_bytes=tiers.disk.min_free,
         sessions=_session_settings(configuration),
         sealer=open_data_key(configuration.tiers.disk.encryption, data_path_of(configuration)),
+        sharing=sharing_settings(configuration),
     )
 
 
-def http_options(configuration: Configuration) -> HttpOptions:
-    """Return what the HTTP side is told."""
-    server = configuration.server
+def sharing_settings(configuration: Configuration) -> SharingSettings | None:
+    """Return where sessions are shared; None: nowhere.
+
+    Raises
+    ------
+    ConfigError
+        Without a secret that is shared, too; or with encryption, which does not reach so far.
+    """
+    remote = configuration.tiers.remote
+    if remote.url is None:
+        if remote.secret_file is not None:
+            raise ConfigError("tiers.remote.secret_file needs tiers.remote.url")
+        return None
+    if remote.secret_file is None:
+        raise ConfigError(
+            "tiers.remote.url needs tiers.remote.secret_file: daemons find each other's sessions "
+            "only if they have one secret"
+        )
+    if configuration.tiers.disk.encryption.enabled:
+        raise ConfigError(
+            "tiers.remote.url is not for tiers.disk.encryption.enabled: what is shared would not "
+            "be encrypted; leave out one of them"
+        )
+    return SharingSettings(
+        remote.url, remote.secret_file, remote.lease, remote.wait, remote.required
+    )
+
+
+def http_options(configuration: Configuration, store_path: Path | None = None) -> HttpOptions:
+    """Return what the HTTP side is told.
+
+    Parameters
+    ----------
+    configuration : Configuration
+    store_path : Path, optional
+        Folder of stored responses, if not the data path; daemons on one machine may share it.
+    """
+    server, data_path = configuration.server, data_path_of(configuration)
     return HttpOptions(
-        data_path=data_path_of(configuration),
+        data_path=data_path,
+        store_path=store_path,
         keepalive_s=server.sse_keepalive,
         send_timeout_s=server.limits.write_timeout,
         max_body_bytes=server.limits.body,
@@ -61,7 +101,7 @@ def http_options(configuration: Configuration) -> HttpOptions:
         response_ttl_s=configuration.sessions.response_ttl,
         accept_any_model=server.accept_any_model,
         id_headers=(*ID_HEADERS, *server.id_headers),
-        sealer=open_data_key(configuration.tiers.disk.encryption, data_path_of(configuration)),
+        sealer=open_data_key(configuration.tiers.disk.encryption, store_path or data_path),
     )
 
 
@@ -78,6 +118,12 @@ def _session_settings(configuration: Configuration) -> SessionSettings:
         disk_quota_bytes=sessions.disk_quota,
         hard_pin_share=sessions.hard_pin_share,
         on_disconnect=sessions.on_disconnect,
+    )
+
+
+def _codec(tiers: TiersSection) -> str | dict[str, str]:
+    return (
+        tiers.codec if tiers.host.codec == "raw" else {"cpu": tiers.host.codec, "disk": tiers.codec}
     )
 
 

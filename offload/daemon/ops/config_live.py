@@ -24,15 +24,26 @@ class LiveConfiguration:
         Reads all sources again; raises ConfigError.
     access : Access
         Is given new keys.
+
+    Attributes
+    ----------
+    current : Configuration
+    problem : str or None
+        Why what was read last could not be used.
     """
 
     def __init__(
         self, current: Configuration, read: Callable[[], Configuration], access: Access
     ) -> None:
         self.current = current
-        self.is_good = True
+        self.problem: str | None = None
         self._read = read
         self._access = access
+
+    @property
+    def is_good(self) -> bool:
+        """Whether what was read last could be used."""
+        return self.problem is None
 
     def reload(self) -> bool:
         """Check everything, then swap what can be swapped; or else keep all as it is.
@@ -46,18 +57,23 @@ class LiveConfiguration:
             new = self._read()
             keys = configured_keys(new.server)
         except ConfigError as error:
-            self.is_good = False
-            LOG.error("reload refused", reason=str(error))
+            self.refuse(str(error))
             return False
         found = changes(self.current, new)
         live = sorted(key for key, reload in found.items() if reload == "live")
         waiting = sorted(set(found) - set(live))
         self._access.replace(keys)
         self.current = _with(self.current, new, live)
-        self.is_good = True
+        self.problem = None
         configure_logs(self.current.logging)
         LOG.info("reloaded", changed=live, after_restart=waiting, num_keys=len(keys))
         return True
+
+    def refuse(self, problem: str) -> str:
+        """Note what is wrong with what was read last, and return it."""
+        self.problem = problem
+        LOG.error("reload refused", reason=problem)
+        return problem
 
 
 def _with(old: Configuration, new: Configuration, keys: list[str]) -> Configuration:

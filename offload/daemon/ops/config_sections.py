@@ -61,6 +61,15 @@ class MemorySection(Section):
     )
 
 
+class HostSection(MemorySection):
+    """Host memory."""
+
+    codec: str = setting(
+        "raw",
+        "What it holds: raw, or int8, fp8, kivi4, kivi2 for two to five times as many tokens.",
+    )
+
+
 class EncryptionSection(Section):
     """Whether what is written below the data path is encrypted."""
 
@@ -81,6 +90,22 @@ class DiskSection(Section):
     )
 
 
+class RemoteSection(Section):
+    """An object store, over which several daemons share their sessions."""
+
+    url: str | None = setting(
+        None, "s3://bucket/prefix, gs://, az:// or file:///folder, the same for all that share."
+    )
+    secret_file: Path | None = setting(
+        None, "Secret of all that share (32 bytes, 0600); made if it is missing."
+    )
+    lease: Duration = setting(60.0, "How long others wait for a daemon that has died.", gt=0)
+    wait: Duration = setting(5.0, "How long a request waits for a session that another has.")
+    required: bool = setting(
+        False, "Refuse requests of sessions while the store is away; else go on without it."
+    )
+
+
 class TiersSection(Section):
     """Where keys and values may be, and how much of them."""
 
@@ -88,10 +113,13 @@ class TiersSection(Section):
         _ENGINE.tiers, "Which tiers there are, the fastest first."
     )
     device: MemorySection = setting(MemorySection(), "")
-    host: MemorySection = setting(MemorySection(), "")
+    host: HostSection = setting(HostSection(), "")
     disk: DiskSection = setting(DiskSection(), "")
+    remote: RemoteSection = setting(RemoteSection(), "")
     policy: str = setting(_ENGINE.policy, "What decoding reads, as for `OffloadedCache`.")
-    codec: str = setting(_ENGINE.codec, "How chunks are written, as for `OffloadedCache`.")
+    codec: str = setting(
+        _ENGINE.codec, "How chunks are written to the disk, as for `OffloadedCache`."
+    )
     chunk_tokens: int = setting(_ENGINE.chunk_tokens, "Tokens that move together.", ge=1)
 
 

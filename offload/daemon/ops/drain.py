@@ -4,18 +4,16 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from offload.config import format_size
-from offload.daemon.ops.config_live import LiveConfiguration
 from offload.daemon.ops.logs import LOG
 from offload.daemon.ops.notify import Notifier
-from offload.daemon.ops.server import ListeningServer
-from offload.daemon.ops.status_state import StatusFeed
-from offload.daemon.ops.status_wear import DiskWear
-from offload.daemon.ops.tenants import LOCAL
-from offload.daemon.ops.watched_engine import WatchedEngine
-from offload.errors import OffloadError, StorageError
+from offload.errors import OffloadError
+
+if TYPE_CHECKING:
+    from offload.daemon.assembly import Daemon
+    from offload.daemon.ops.server import ListeningServer
 
 _STEP_S: Final = 5.0
 """Between two signs of life while what is dirty is written."""
@@ -27,7 +25,7 @@ _MIN_WATCHDOG_S: Final = 1.0
 
 
 class Lifecycle:
-    """Runs a server and its engine until a signal, and then ends both in order.
+    """Runs a server and its daemon until a signal, and then ends both in order.
 
     The first SIGTERM or SIGINT drains: ``/ready`` says 503, running requests get
     ``server.drain_timeout``, what is dirty is saved. The second ends the process at once; it loses
@@ -35,31 +33,15 @@ class Lifecycle:
 
     Parameters
     ----------
-    engine : WatchedEngine
+    daemon : Daemon
         Started.
     server : ListeningServer
-    live : LiveConfiguration
-    feed : StatusFeed
-    wear : DiskWear
-    closing : asyncio.Event
-        Set when streams that have no end have to end.
     """
 
-    def __init__(
-        self,
-        engine: WatchedEngine,
-        server: ListeningServer,
-        live: LiveConfiguration,
-        feed: StatusFeed,
-        wear: DiskWear,
-        closing: asyncio.Event,
-    ) -> None:
-        self._engine = engine
+    def __init__(self, daemon: "Daemon", server: "ListeningServer") -> None:
+        self._daemon = daemon
+        self._engine = daemon.engine
         self._server = server
-        self._live = live
-        self._feed = feed
-        self._wear = wear
-        self._closing = closing
         self._notifier = Notifier()
         self._reloads: set[asyncio.Task[None]] = set()
 
@@ -107,7 +89,7 @@ class Lifecycle:
 
     async def _reload(self) -> None:
         self._notifier.reloading()
-        is_good = self._live.reload()
+        is_good = self._daemon.live.reload()
         said = "configuration reloaded" if is_good else "reload refused; the log says why"
         self._notifier.send(READY=1, STATUS=said)
 
@@ -117,46 +99,25 @@ class Lifecycle:
         period_s = min(_HOUSEKEEPING_S, max(_MIN_WATCHDOG_S, watchdog_s / 3 or _HOUSEKEEPING_S))
         while self._engine.is_alive:
             try:
-                await self._engine.sessions.list(LOCAL)  # a turn of the engine's loop
+                await self._engine.turn()
             except OffloadError as error:
-                LOG.warning("cannot list sessions", reason=str(error))
+                LOG.warning("the engine takes no turns", reason=str(error))
             self._notifier.send(WATCHDOG=1, STATUS=self._status())
-            self._keep_wear()
+            self._daemon.keep_wear()
             await asyncio.sleep(period_s)
         LOG.error("the engine has died")
 
     async def _end(self, serving: "asyncio.Task[None]") -> bool:
         """Drain, and return whether all was saved."""
-        timeout_s = self._live.current.server.drain_timeout
-        LOG.info("draining", running=len(self._engine.requests), timeout_s=timeout_s)
         self._notifier.send(STOPPING=1, STATUS=f"draining {len(self._engine.requests)} requests")
-        closing = asyncio.create_task(self._close(timeout_s))
+        closing = asyncio.create_task(self._daemon.drain())
         while not closing.done():
             self._notifier.extend(2 * _STEP_S)
             await asyncio.wait({closing}, timeout=_STEP_S)
-        self._closing.set()
         self._server.should_exit = True
         await serving
-        self._keep_wear()
         LOG.info("stopped", is_saved=closing.result())
         return closing.result()
-
-    async def _close(self, timeout_s: float) -> bool:
-        try:
-            await self._engine.drain(timeout_s)
-        except OffloadError as error:
-            LOG.error("cannot save everything", reason=str(error))
-            return False
-        finally:
-            await asyncio.to_thread(self._engine.close)
-        return True
-
-    def _keep_wear(self) -> None:
-        self._feed.written_today()
-        try:
-            self._wear.save()
-        except StorageError as error:
-            LOG.warning("cannot keep the count of bytes written", reason=str(error))
 
     def _status(self) -> str:
         state = self._engine.snapshot()

@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import structlog
@@ -110,9 +111,8 @@ def request_fields(record: "RequestRecord", model: str) -> dict[str, Any]:
         "disconnect": record.outcome == "cancelled",
     }
     if started is not None:
-        cached = started.cached
         fields |= {
-            "cached": {"device": cached.device, "host": cached.host, "disk": cached.disk},
+            "cached": asdict(started.cached),
             "queue_ms": _ms(started.queue_s),
             "restore_ms": _ms(started.restore_s),
             "miss": None if started.miss is None else started.miss.reason,

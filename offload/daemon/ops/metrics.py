@@ -16,6 +16,7 @@ from offload.daemon.requests import MissReason
 
 if TYPE_CHECKING:
     from offload.daemon.ops.watched_engine import WatchedEngine
+    from offload.daemon.sharing.sharing_state import SharingState
     from offload.daemon.state import EngineState
 
 _MISSES: Final[tuple[MissReason, ...]] = (
@@ -59,6 +60,8 @@ class EngineCollector(Collector):
         yield from _tier_metrics(state)
         yield from _session_metrics(state)
         yield from _saved_metrics(state)
+        if state.sharing is not None:
+            yield from _sharing_metrics(state.sharing)
         yield _gauge("disk_written_bytes_today", "Since midnight, UTC.", self._written_today())
         good = float(self._is_reload_good())
         yield _gauge("config_last_reload_successful", "1: the last reload was good.", good)
@@ -165,6 +168,23 @@ def _saved_metrics(state: "EngineState") -> Iterator[Metric]:
     yield _counter("prefill_tokens_saved", "Prompt tokens that were known.", totals.cached.total)
     yield _counter("prefill_seconds_saved", "What they would have taken.", totals.prefill_s_saved)
     yield _counter("requests_failed", "Requests that ended with an error.", totals.failed)
+
+
+def _sharing_metrics(sharing: "SharingState") -> Iterator[Metric]:
+    up = float(sharing.is_reachable)
+    yield _gauge("sharing_reachable", "0: the object store has failed.", up)
+    yield _gauge("sharing_held_sessions", "That only this daemon may write.", sharing.num_held)
+    left = sharing.num_unpublished
+    yield _gauge("sharing_unpublished_sessions", "Used, or not published yet.", left)
+    for name, text in (
+        ("publications", "Sessions published."),
+        ("published_bytes", "Uploaded, as stored."),
+        ("fetches", "Sessions fetched."),
+        ("fetched_bytes", "Downloaded, as stored."),
+        ("failures", "Of the object store, or of a save for it."),
+        ("lost_leases", "Sessions that another daemon took over while they were used here."),
+    ):
+        yield _counter(f"sharing_{name}", text, getattr(sharing, name))
 
 
 def _counter(name: str, text: str, value: float) -> Metric:

@@ -4,6 +4,7 @@ Only what we can say truly: names that have no counterpart here are left out.
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -33,11 +34,11 @@ def vllm_metrics(state: "EngineState", chunk_tokens: int) -> Iterator[Metric]:
         yield _counter(state, f"{prefix}_hits", "Tokens found on the device.", cached.device)
     beyond = totals.prompt_tokens - cached.device
     yield _counter(state, "external_prefix_cache_queries", "Tokens not on the device.", beyond)
-    found = cached.host + cached.disk
-    yield _counter(state, "external_prefix_cache_hits", "Of them, on host or disk.", found)
+    found = cached.total - cached.device
+    yield _counter(state, "external_prefix_cache_hits", "Of them, found elsewhere.", found)
     yield _counter(state, "prompt_tokens", "Tokens of prompts.", totals.prompt_tokens)
     yield _counter(state, "prompt_tokens_cached", "Of them, known.", cached.total)
-    sources = {"device": cached.device, "host": cached.host, "disk": cached.disk}
+    sources = asdict(cached)
     yield _by(
         state, "prompt_tokens_cached_by_source", "Known, by tier.", "source", sources, is_total=True
     )

@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from offload.daemon.engine_settings import EngineSettings
 from offload.daemon.errors import BadRequest, ContextTooLong, QueueFull, SessionBusy
@@ -9,6 +10,9 @@ from offload.daemon.requests import GenerationRequest
 from offload.daemon.served_model import ServedModel
 from offload.errors import ConfigError
 from offload.sessions.names import check_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _MOST_OF_SESSION = 3
 """Requests of one session: one that runs, and two that wait for it."""
@@ -36,6 +40,8 @@ class Admission:
         self._num_taken = 0
         self._by_session: Counter[tuple[str, str]] = Counter()
         self._mean_s = 1.0
+        self.observers: list[Callable[[GenerationRequest], object]] = []
+        """Told of every request that was taken and has ended, however it did."""
 
     @property
     def num_taken(self) -> int:
@@ -50,7 +56,7 @@ class Admission:
         BadRequest, ContextTooLong, QueueFull, SessionBusy
             It is not taken.
         """
-        self._check(request)
+        self.check(request)
         with self._lock:
             if self._num_taken >= self._most:
                 raise QueueFull(
@@ -78,6 +84,8 @@ class Admission:
                     del self._by_session[key]
             if took_s is not None:
                 self._mean_s += (took_s - self._mean_s) / 8
+        for observer in self.observers:
+            observer(request)
 
     def too_late(self, waited_s: float) -> QueueFull:
         """Return the error for a request that has waited in vain."""
@@ -91,7 +99,8 @@ class Admission:
         ahead = self._num_taken - self._max_running + 1
         return min(max(_WAITS_S[0], ahead * self._mean_s / self._max_running), _WAITS_S[1])
 
-    def _check(self, request: GenerationRequest) -> None:
+    def check(self, request: GenerationRequest) -> None:
+        """Raise BadRequest or ContextTooLong if a request can never be taken."""
         ids = request.token_ids
         if not ids:
             raise BadRequest("the prompt is empty", "prompt")

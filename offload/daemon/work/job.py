@@ -13,6 +13,7 @@ from offload.daemon.requests import (
     Started,
     TokenLogprob,
 )
+from offload.daemon.sharing.entry import Fetched
 from offload.daemon.work.answer import Answer
 from offload.daemon.work.mailbox import Mailbox
 from offload.daemon.work.session_book import Branch, Realm, Session
@@ -52,6 +53,8 @@ class Job:
         Times that it lost what it had, to damage.
     setback : str or None
         Why it has to compute again what was known.
+    fetched : Fetched or None
+        What was fetched for it from an object store.
     """
 
     request: GenerationRequest
@@ -72,6 +75,7 @@ class Job:
     is_left: bool = False
     num_failures: int = 0
     setback: MissReason | None = None
+    fetched: Fetched | None = None
 
     @property
     def realm(self) -> Realm:

@@ -69,6 +69,8 @@ class Matcher:
     book : SessionBook
     stores : SessionStores
     persistence : Persistence
+    only_named : bool
+        Go on in a session that has a name only for requests that say it: others may share it.
     """
 
     def __init__(
@@ -78,12 +80,15 @@ class Matcher:
         book: SessionBook,
         stores: SessionStores,
         persistence: Persistence,
+        *,
+        only_named: bool = False,
     ) -> None:
         self._model = model
         self._root = root
         self._book = book
         self._stores = stores
         self._persistence = persistence
+        self._only_named = only_named
         self.can_crop = root._core.can_undo
         """Whether caches can go back to any length; windows and recurrent states cannot."""
         self._can_restore = "disk" in root._core.config.capacities
@@ -255,6 +260,8 @@ class Matcher:
         size = self._root._core.config.chunk_tokens
         if hinted is not None:
             return branch.session is hinted and lost <= size
+        if self._only_named and not branch.session.is_automatic:
+            return False
         return lost <= _END_TOKENS
 
     def _crop(self, branch: Branch, lost: int) -> None:

@@ -71,8 +71,13 @@ def open_parts(model: ServedModel, settings: EngineSettings, admission: Admissio
         The device's capacity is too small for one session.
     """
     sessions = settings.sessions
+    sharing = settings.sharing
     stores = SessionStores(
-        settings.data_path, sessions.disk_quota_bytes, settings.min_free_bytes, settings.sealer
+        settings.data_path,
+        sessions.disk_quota_bytes,
+        settings.min_free_bytes,
+        settings.sealer,
+        None if sharing is None else sharing.secret_file,
     )
     root = _open_root(model, settings)
     try:
@@ -83,7 +88,7 @@ def open_parts(model: ServedModel, settings: EngineSettings, admission: Admissio
         raise
     book, tally = SessionBook(), Tally()
     persistence = Persistence(model, root, book, stores, tally)
-    matcher = Matcher(model, root, book, stores, persistence)
+    matcher = Matcher(model, root, book, stores, persistence, only_named=sharing is not None)
     placing = Placing(sessions, book, matcher, persistence, tally)
     scheduler = Scheduler(
         admission,

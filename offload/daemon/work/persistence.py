@@ -3,6 +3,7 @@
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from errno import EDQUOT
 from typing import Any
 
@@ -115,7 +116,7 @@ class Persistence:
             return
         notes = self._stores.read_notes(tenant)
         for info in self.store_of(Realm(tenant)).list():
-            self._book.add(_as_session(tenant, info, notes.get(info.name, {})))
+            self._book.add(as_session(tenant, info, notes.get(info.name, {})))
 
     def save(self, session: Session) -> None:
         """Save what a session has in memory.
@@ -267,7 +268,11 @@ class Persistence:
     def forget_saved(self, session: Session) -> None:
         """Note that what is saved of a session is of no use."""
         session.saved = None
-        self._ids.pop((session.realm.tenant, session.name), None)
+        self.forget_ids(session.realm.tenant, session.name)
+
+    def forget_ids(self, tenant: str, name: str) -> None:
+        """Note that another session may be saved under a name."""
+        self._ids.pop((tenant, name), None)
 
     def note(self, session: Session) -> None:
         """Remember to write down what the store does not know about a session."""
@@ -277,7 +282,7 @@ class Persistence:
         """Write down what has been noted. What cannot be written is lost at the end."""
         while self._unwritten_notes:
             tenant = self._unwritten_notes.pop()
-            notes = {each.name: _notes_of(each) for each in self._book.of(tenant) if each.saved}
+            notes = {each.name: notes_of(each) for each in self._book.of(tenant) if each.saved}
             if not notes and not self._stores.is_known(tenant):
                 continue
             try:
@@ -331,7 +336,8 @@ def _time_left(session: Session) -> float | None:
     return None if session.expires_s is None else max(1.0, session.expires_s - time.time())
 
 
-def _as_session(tenant: str, info: SessionInfo, notes: dict[str, Any]) -> Session:
+def as_session(tenant: str, info: SessionInfo, notes: Mapping[str, Any]) -> Session:
+    """Return a session that a store has, given the notes on it."""
     head = notes.get("head")
     ttl_s = notes.get("ttl_s")
     if ttl_s is None and info.expires_at is not None:
@@ -352,7 +358,8 @@ def _as_session(tenant: str, info: SessionInfo, notes: dict[str, Any]) -> Sessio
     )
 
 
-def _notes_of(session: Session) -> dict[str, Any]:
+def notes_of(session: Session) -> dict[str, Any]:
+    """Return what a store does not know about a session, as JSON has it."""
     return {
         "cache_salt": session.realm.cache_salt,
         "is_automatic": session.is_automatic,

@@ -3,10 +3,12 @@
 import logging
 import secrets
 import time
+from dataclasses import replace
 
 from offload.daemon.engine_settings import SessionSettings
 from offload.daemon.errors import QuotaExceeded
 from offload.daemon.requests import Miss, Started
+from offload.daemon.sharing.entry import Fetched
 from offload.daemon.work.job import Job
 from offload.daemon.work.matching import Known, Matcher
 from offload.daemon.work.persistence import Persistence
@@ -15,6 +17,8 @@ from offload.daemon.work.tally import Tally
 from offload.errors import OffloadError
 
 _LOG = logging.getLogger(__name__)
+
+_NOTHING = Fetched(0, 0, 0.0)
 
 
 class Placing:
@@ -193,13 +197,15 @@ class Placing:
             miss = Miss(miss.at_token, gone if not miss.at_token else "cold")
         if miss is not None:
             self._tally.misses[miss.reason] += 1
-        job.cached = known.cached
+        fetched = job.fetched or _NOTHING
+        num_remote = min(known.cached.disk, fetched.num_tokens)
+        job.cached = replace(known.cached, disk=known.cached.disk - num_remote, remote=num_remote)
         job.started = Started(
             session=None if job.session is None else job.session.name,
             num_prompt_tokens=job.num_prompt_tokens,
-            cached=known.cached,
+            cached=job.cached,
             restored_bytes=known.restored_bytes,
-            restore_s=known.restore_s,
+            restore_s=known.restore_s + fetched.seconds,
             queue_s=job.queue_s,
             miss=miss,
         )

@@ -184,6 +184,13 @@ class SessionBook:
         self.leave(session)
         del self._sessions[session.realm.tenant][session.name]
 
+    def rename(self, session: Session, name: str) -> None:
+        """Give a session another name, which is free."""
+        sessions = self._sessions[session.realm.tenant]
+        del sessions[session.name]
+        session.name = name
+        sessions[name] = session
+
     def leave(self, session: Session) -> None:
         """Part a session from what it has in memory."""
         if session.branch is not None:

@@ -20,6 +20,7 @@ _SECRET = "secret"
 _STORE = "kv"
 _NOTES = "sessions.json"
 _SECRET_BYTES = 32
+_OPEN_MODE = 0o077
 
 
 class SessionStores:
@@ -38,11 +39,13 @@ class SessionStores:
     min_free_bytes : int
     sealer : Sealer, optional
         Encrypts what is saved and noted, with another key for each tenant.
+    secret_file : Path, optional
+        Has the secret, which this server shares with others; made, 0600, if it is missing.
 
     Raises
     ------
     ConfigError
-        The folder cannot be used.
+        The folder cannot be used, or was made with another secret.
     """
 
     def __init__(
@@ -51,12 +54,14 @@ class SessionStores:
         quota_bytes: int | None,
         min_free_bytes: int,
         sealer: Sealer | None = None,
+        secret_file: Path | None = None,
     ) -> None:
         self._tenants = path / TENANTS
         try:
             for folder in (path, self._tenants):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._secret = _read_secret(path / _SECRET)
+            shared = None if secret_file is None else _read_shared(secret_file.expanduser())
+            self._secret = _read_secret(path / _SECRET, shared)
         except OSError as error:
             raise ConfigError(f"cannot use {path}: {error.strerror or error}") from error
         self._quota_bytes = quota_bytes
@@ -81,6 +86,14 @@ class SessionStores:
     def salt(self, realm: Realm) -> str:
         """Return what keeps a realm's namespace apart from all others."""
         return self._derive("salt", realm.tenant, realm.cache_salt or "")
+
+    def path_of(self, tenant: str) -> Path:
+        """Return the root of a tenant's store. Any thread may call."""
+        return self._folder(tenant) / _STORE
+
+    def prefix_of(self, tenant: str) -> str:
+        """Return what keeps a tenant's shared sessions apart from others'. Any thread may call."""
+        return self._derive("remote", tenant)[:32]
 
     def read_notes(self, tenant: str) -> dict[str, dict[str, Any]]:
         """Return what was noted of a tenant's sessions, by name; nothing if it cannot be read."""
@@ -181,11 +194,25 @@ class SessionStores:
         return hmac.new(self._secret, content, hashlib.sha256).hexdigest()
 
 
-def _read_secret(path: Path) -> bytes:
-    """Return the server's secret, made when there is none."""
+def _read_shared(path: Path) -> bytes:
+    """Return the secret of several servers, made when there is none."""
+    try:
+        found = _read_secret(path)
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ConfigError(f"cannot use the secret of {path}: {error.strerror}") from error
+    if mode & _OPEN_MODE:
+        raise ConfigError(
+            f"{path} has mode {mode & 0o777:o}: others may read or change it; chmod 600 {path}"
+        )
+    return found
+
+
+def _read_secret(path: Path, shared: bytes | None = None) -> bytes:
+    """Return the server's secret, made when there is none: a random one, or that of others."""
     if not path.exists():
         draft = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
-        _write_private(draft, secrets.token_bytes(_SECRET_BYTES))
+        _write_private(draft, shared or secrets.token_bytes(_SECRET_BYTES))
         try:
             with contextlib.suppress(FileExistsError):
                 os.link(draft, path)  # whole, or not at all
@@ -194,6 +221,11 @@ def _read_secret(path: Path) -> bytes:
     found = path.read_bytes()
     if len(found) != _SECRET_BYTES:
         raise ConfigError(f"{path} has {len(found)} bytes, a secret has {_SECRET_BYTES}")
+    if shared not in (None, found):
+        raise ConfigError(
+            f"{path} is not the secret that is shared: what is saved there would not be found. "
+            "Share this one, or take a new data path"
+        )
     return found
 
 

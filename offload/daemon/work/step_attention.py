@@ -2,28 +2,36 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 
 import torch
 from torch import Tensor
 
+from offload.daemon.work.chunk_addresses import ChunkAddresses
 from offload.engine import Engine
 from offload.exact import AttentionCall
 from offload.handle import Handle
 from offload.kernels.dispatch import attend_rows, compiled
 from offload.kernels.reference import merge
-from offload.runtime import Runtime
-from offload.tiers.memory import MemoryTier
+from offload.sequence import LayerSequence
 from offload.types import Partial
 
-_Key = tuple[object, ...]
 
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Places:
     """Addresses of the chunks of one layer of some rows, and what they were made for."""
 
-    key: _Key
-    addresses: Tensor | None
+    sequences: Sequence[LayerSequence]
+    versions: Sequence[int]
+    addresses: Tensor
+
+    def are_of(self, sequences: Sequence[LayerSequence], versions: Sequence[int]) -> bool:
+        """Whether nothing has changed since."""
+        return (
+            self.versions == versions
+            and len(self.sequences) == len(sequences)
+            and all(map(is_, self.sequences, sequences))
+        )
 
 
 class StepAttention:
@@ -33,6 +41,7 @@ class StepAttention:
     """
 
     def __init__(self) -> None:
+        self._chunks: ChunkAddresses | None = None
         self._places: dict[int, _Places] = {}
 
     def attend(self, call: AttentionCall, rows: Sequence[Handle]) -> Tensor | None:
@@ -55,13 +64,15 @@ class StepAttention:
         first = runtimes[0]
         assert first is not None
         engine = first.engine
-        if not _is_plain(call, engine) or any(row.appended.keys is not None for row in rows):
+        if not _is_plain(call, engine):
             return None
+        layer = rows[0].layer
+        sequences = [each.layers[layer] for each in runtimes if each is not None]
         with engine.lock:
-            past = self._past(engine, [each for each in runtimes if each is not None], rows)
+            past = self._past(engine, sequences, layer)
             if past is None:
                 return None
-            parts = [self._attend_tails(call, engine, rows)]
+            parts = [self._attend_tails(call, engine, sequences)]
             if past.shape[1]:
                 tokens = engine.layout.chunk_tokens
                 parts.append(
@@ -77,24 +88,33 @@ class StepAttention:
         return merged.out.to(call.query.dtype).view(len(rows), 1, call.query.shape[1], -1)
 
     def _past(
-        self, engine: Engine, runtimes: Sequence[Runtime], rows: Sequence[Handle]
+        self, engine: Engine, sequences: Sequence[LayerSequence], layer: int
     ) -> Tensor | None:
-        """Return addresses ``[num_rows * num_kv_heads, num_chunks]`` of chunks; 0 for none."""
-        layer = rows[0].layer
-        sequences = [runtime.layers[layer] for runtime in runtimes]
-        key = (engine.store.version, *((id(each), each.tables.version) for each in sequences))
+        """Return addresses ``[num_rows * num_kv_heads, num_chunks]`` of chunks; 0 for none.
+
+        Those are among them that this very step has filled: who fills one must not make everybody
+        else be attended row by row.
+        """
+        if self._chunks is None or self._chunks.engine is not engine:
+            self._chunks, self._places = ChunkAddresses(engine), {}
+        versions = [self._chunks.version, *(each.tables.version for each in sequences)]
         known = self._places.get(layer)
-        if known is None or known.key != key:
-            chunks = [_addresses(engine, each.tables.rows[0]) for each in sequences]
-            known = self._places[layer] = _Places(key, _by_head(engine, chunks))
+        if known is None or not known.are_of(sequences, versions):
+            found = [self._chunks.find(each.tables.rows[0]) for each in sequences]
+            chunks = [each for each in found if each is not None]
+            if len(chunks) < len(found):
+                return None
+            known = _Places(sequences, versions, _by_head(engine, chunks))
+            self._places[layer] = known
         return known.addresses
 
-    def _attend_tails(self, call: AttentionCall, engine: Engine, rows: Sequence[Handle]) -> Partial:
+    def _attend_tails(
+        self, call: AttentionCall, engine: Engine, sequences: Sequence[LayerSequence]
+    ) -> Partial:
         layout = engine.layout
         size = layout.row_dim * layout.dtype.itemsize
-        tails = [row.appended.tail for row in rows]
-        counts = torch.tensor([tail.shape[2] for tail in tails])
-        bases = torch.tensor([tail.data_ptr() for tail in tails])
+        counts = torch.tensor([each.tail_tokens for each in sequences])
+        bases = torch.tensor([each.tail.data_ptr() for each in sequences])
         tokens = torch.arange(int(counts.max()))
         places = bases[:, None] + tokens * size
         places = places.masked_fill_(tokens >= counts[:, None], 0)[:, None]
@@ -124,30 +144,11 @@ def _scaled(call: AttentionCall, engine: Engine) -> Tensor:
     return (call.query.float() * call.scale).reshape(num_heads, -1, call.query.shape[-1])
 
 
-def _addresses(engine: Engine, chunks: Sequence[int]) -> list[int] | None:
-    """Return where chunks begin in memory; None if one is not there."""
-    pools = [
-        (tier.pool.slab.data_ptr(), tier.slot_bytes) if isinstance(tier, MemoryTier) else None
-        for tier in engine.tiers
-    ]
-    table, found = engine.store.table, []
-    for chunk in chunks:
-        slots = table[chunk].slots  # type: ignore[index]
-        level = min(slots, default=-1)
-        pool = pools[level] if level >= 0 else None
-        if pool is None:
-            return None
-        found.append(pool[0] + slots[level] * pool[1])
-    return found
-
-
-def _by_head(engine: Engine, rows: Sequence[list[int] | None]) -> Tensor | None:
+def _by_head(engine: Engine, rows: Sequence[list[int]]) -> Tensor:
     layout = engine.layout
-    longest = max((len(row) for row in rows if row is not None), default=0)
+    longest = max(map(len, rows), default=0)
     table = torch.zeros(len(rows), longest, dtype=torch.int64)
     for i, row in enumerate(rows):
-        if row is None:
-            return None
         table[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
     step = layout.chunk_tokens * layout.row_dim * layout.dtype.itemsize
     heads = torch.arange(layout.num_kv_heads)[:, None] * step

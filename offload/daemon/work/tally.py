@@ -10,7 +10,10 @@ from offload.daemon.state import Totals
 def add(first: CachedTokens, second: CachedTokens) -> CachedTokens:
     """Return the sums, tier by tier."""
     return CachedTokens(
-        first.device + second.device, first.host + second.host, first.disk + second.disk
+        first.device + second.device,
+        first.host + second.host,
+        first.disk + second.disk,
+        first.remote + second.remote,
     )
 
 

@@ -12,6 +12,7 @@ from offload.daemon.engine_settings import EngineSettings
 from offload.daemon.errors import Draining
 from offload.daemon.requests import Event, GenerationRequest
 from offload.daemon.served_model import ServedModel
+from offload.daemon.sharing.entry import Fetched
 from offload.daemon.state import EngineState
 from offload.daemon.work.admission import Admission
 from offload.daemon.work.answer import Answer
@@ -38,8 +39,8 @@ class Ticket:
 class Worker:
     """Runs rounds of the scheduler, and what other threads ask for in between.
 
-    ``submit``, ``leave``, ``post``, ``stop`` and ``snapshot`` are for any thread; the rest is for
-    the engine's, which ``run`` makes its own, and before it starts.
+    ``submit``, ``add``, ``leave``, ``post``, ``stop`` and ``snapshot`` are for any thread; the rest
+    is for the engine's, which ``run`` makes its own, and before it starts.
 
     Parameters
     ----------
@@ -110,12 +111,29 @@ class Worker:
                 raise Draining("the engine is not running")
             self._inbox.put(job)
 
+    @property
+    def admission(self) -> Admission:
+        """Who says which requests are taken; for any thread."""
+        return self._admission
+
     def submit(self, request: GenerationRequest, mailbox: Mailbox[Event | Exception]) -> Ticket:
         """Take a request, or raise why not; its events go to the mailbox."""
         self._admission.take(request)
+        return self.add(request, mailbox)
+
+    def add(
+        self,
+        request: GenerationRequest,
+        mailbox: Mailbox[Event | Exception],
+        fetched: Fetched | None = None,
+    ) -> Ticket:
+        """Have a request computed that ``admission`` has taken; its events go to the mailbox.
+
+        ``fetched`` is what was fetched for it from an object store.
+        """
         ticket = Ticket()
         try:
-            self.post(lambda: self._add(ticket, request, mailbox))
+            self.post(lambda: self._add(ticket, request, mailbox, fetched))
         except Draining:
             self._admission.release(request)
             raise
@@ -183,7 +201,11 @@ class Worker:
                 self._inbox.get(timeout=wait_s)()
 
     def _add(
-        self, ticket: Ticket, request: GenerationRequest, mailbox: Mailbox[Event | Exception]
+        self,
+        ticket: Ticket,
+        request: GenerationRequest,
+        mailbox: Mailbox[Event | Exception],
+        fetched: Fetched | None,
     ) -> None:
         if ticket.is_left:
             self._admission.release(request)
@@ -194,7 +216,7 @@ class Worker:
             self._admission.release(request)
             mailbox.put(error)
             return
-        ticket.job = Job(request, mailbox, answer, TokenLog(request.token_ids))
+        ticket.job = Job(request, mailbox, answer, TokenLog(request.token_ids), fetched=fetched)
         self._parts.scheduler.add(ticket.job)
 
     def _leave(self, ticket: Ticket) -> None:

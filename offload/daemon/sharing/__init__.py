@@ -1,0 +1,1 @@
+"""Sessions that several daemons share over an object store."""
