@@ -1,6 +1,7 @@
 """The search of ``kernels.box_search`` on CPUs with compiled kernels. Needs numba."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offload.kernels.boxes import BoxCut, BoxHits, BoxLevel, BoxRules, BoxTree
-from offload.kernels.cpu_boxes_sets import Asked, FoundSets, Level, Tree, search_sets
+from offload.kernels.cpu_boxes_sets import Asked, FoundSets, Tree, search_sets
 from offload.kernels.cpu_threads import run_shares
 from offload.kernels.scan import Combine
 
@@ -58,18 +59,19 @@ def search_boxes(
         rules.is_flat(budget, tree.num_tokens),
         np.float32(rules.lean),
     )
-    arrays = _arrays(tree)
+    nodes, levels = _nodes(tree), [_level(level) for level in tree.levels]
+    boxes = np.array([_table(arrays) for arrays in levels], np.int64)
+    like = levels[0][0].reshape(-1)[:0]
 
     def kernel(share: int, num_shares: int) -> None:
-        search_sets(share, num_shares, arrays, asked, out)
+        search_sets(share, num_shares, nodes, boxes, like, asked, out)
 
     run_shares(kernel, num_sets)
     return hits._replace(num_scored=int(num_scored.sum()))
 
 
-def _arrays(tree: BoxTree) -> Tree:
+def _nodes(tree: BoxTree) -> Tree:
     return Tree(
-        tuple(_level(level) for level in tree.levels),
         np.array(tree.starts, np.int64),
         tree.fanout,
         tree.counts.numpy(),
@@ -78,21 +80,20 @@ def _arrays(tree: BoxTree) -> Tree:
     )
 
 
-def _level(level: BoxLevel) -> Level:
-    return Level(
-        _whole(level.lower),
-        _whole(level.upper),
-        _whole(level.scale),
-        _whole(level.offset),
-        level.block.numpy(),
-    )
+def _level(level: BoxLevel) -> list[NDArray[Any]]:
+    parts = (level.lower, level.upper, level.scale, level.offset)
+    return [*map(_whole, parts), np.ascontiguousarray(level.block.numpy())]
+
+
+def _table(arrays: Sequence[NDArray[Any]]) -> list[int]:
+    """Return what ``score_level`` knows a level by."""
+    lower, upper, scale, offset, block = (array.ctypes.data for array in arrays)
+    num_rows, num_blocks = arrays[0].shape[1], arrays[2].shape[1]
+    return [lower, upper, num_rows, scale, offset, num_blocks, block, len(arrays[4])]
 
 
 def _whole(tensor: Tensor) -> NDArray[Any]:
-    """Return an array over the rows that a tensor is the beginning of.
-
-    So it is contiguous, and kernels are not compiled again for what is not.
-    """
+    """Return an array over the rows that a tensor is the beginning of: it is contiguous."""
     tensor = tensor.view(_VIEWS.get(tensor.dtype, tensor.dtype))
     if tensor.is_contiguous():
         return tensor.numpy()

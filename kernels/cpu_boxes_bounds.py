@@ -7,10 +7,10 @@ cost as much as one of them from the corners.
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 from numpy.typing import NDArray
 
-from offload.kernels.cpu_intrinsics import prefetch, widen
+from offload.kernels.cpu_intrinsics import pointer_to, prefetch, widen
 from offload.kernels.cpu_scan_tables import FLOATS
 
 F32 = np.float32
@@ -20,7 +20,51 @@ _AHEAD = 4
 
 
 @njit(nogil=True, cache=True)
-def score_nodes(
+def score_level(
+    query: NDArray[np.float32],
+    boxes: NDArray[np.int64],
+    like: NDArray[Any],
+    head: int,
+    nodes: NDArray[np.int32],
+    above: NDArray[np.float32],
+    below: NDArray[np.float32],
+) -> None:
+    """Set the bounds of some nodes of a head and level.
+
+    Parameters
+    ----------
+    query : float32 [num_queries, key_dim]
+    boxes : int64 [8]
+        Of all heads: address of their lower and upper corners, [num_heads, num_all, key_dim];
+        ``num_all``; address of scales and offsets, float32 [num_heads, num_blocks, key_dim];
+        ``num_blocks``; address and length of ``block``, int32 [num_nodes].
+    like : array
+        Of the dtype of corners: bfloat16 as uint16 and float16 as int16, with the bits they have.
+    head : int
+    nodes, above, below
+        See ``_score_nodes``.
+    """
+    dim = query.shape[1]
+    rows, blocks = boxes[2], boxes[5]
+    first = head * rows * dim * like.itemsize
+    corners = (rows, dim)
+    first_block = head * blocks * dim * 4
+    codes = (blocks, dim)
+    _score_nodes(
+        query,
+        carray(pointer_to(boxes[0] + first), corners, like.dtype),
+        carray(pointer_to(boxes[1] + first), corners, like.dtype),
+        carray(pointer_to(boxes[3] + first_block), codes, np.float32),
+        carray(pointer_to(boxes[4] + first_block), codes, np.float32),
+        carray(pointer_to(boxes[6]), (boxes[7],), np.int32),
+        nodes,
+        above,
+        below,
+    )
+
+
+@njit(nogil=True, cache=True)
+def _score_nodes(
     query: NDArray[np.float32],
     lower: NDArray[Any],
     upper: NDArray[Any],
@@ -37,7 +81,7 @@ def score_nodes(
     ----------
     query : float32 [num_queries, key_dim]
     lower, upper : [num_all, key_dim]
-        Of the head; see ``Level``.
+        Of the head.
     scale, offset : float32 [num_blocks, key_dim]
     block : int32 [num_all]
     nodes : int32 [num_nodes]

@@ -7,7 +7,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from offload.kernels.cpu_boxes_bounds import score_nodes
+from offload.kernels.cpu_boxes_bounds import score_level
 from offload.kernels.cpu_intrinsics import exp
 from offload.kernels.cpu_scan_tables import FLOATS
 from offload.kernels.cpu_select import cut_at, ordered
@@ -18,20 +18,12 @@ _OPEN, _ACCEPTED, _REJECTED, _SPLIT = 1, 2, 3, 4
 _NOTHING = F32(-1e30)
 
 
-class Level(NamedTuple):
-    """``BoxLevel`` as arrays; bfloat16 as uint16 and float16 as int16, with the bits it has."""
-
-    lower: NDArray[Any]
-    upper: NDArray[Any]
-    scale: NDArray[np.float32]
-    offset: NDArray[np.float32]
-    block: NDArray[np.int32]
-
-
 class Tree(NamedTuple):
-    """``BoxTree`` as arrays; ``logs`` are those of ``counts``."""
+    """The nodes of a ``BoxTree`` as arrays; ``logs`` are those of ``counts``.
 
-    levels: tuple[Level, ...]
+    Without the boxes, so that kernels for these are all that is compiled for each dtype.
+    """
+
     starts: NDArray[np.int64]
     fanout: int
     counts: NDArray[np.int16]
@@ -105,8 +97,16 @@ class _Seen(NamedTuple):
 
 
 @njit(nogil=True, cache=True)
-def search_sets(share: int, step: int, tree: Tree, asked: Asked, out: FoundSets) -> None:
-    """Search for sets ``share``, ``share + step`` and so on."""
+def search_sets(
+    share: int,
+    step: int,
+    tree: Tree,
+    boxes: NDArray[np.int64],
+    like: NDArray[Any],
+    asked: Asked,
+    out: FoundSets,
+) -> None:
+    """Search for sets ``share``, ``share + step`` and so on; boxes as in ``score_level``."""
     num_heads, group = asked.query.shape[0], asked.query.shape[1]
     num_sets, num_nodes = out.split.shape
     per_set = num_heads // num_sets
@@ -128,7 +128,8 @@ def search_sets(share: int, step: int, tree: Tree, asked: Asked, out: FoundSets)
         known, count = 0, _begin(tree, asked, split, seen)
         while True:
             for head in range(per_set):
-                _look(tree, asked.query, number * per_set + head, head * group, seen, known, count)
+                place = number * per_set + head
+                _look(tree, boxes, like, asked.query, place, head * group, seen, known, count)
             _rank(seen, known, count, asked.lean)
             _normalise(seen, count)
             _score(seen, count, asked.is_max)
@@ -187,6 +188,8 @@ def _open(tree: Tree, seen: _Seen, count: int, level: int, first: int, stop: int
 @njit(nogil=True, cache=True)
 def _look(
     tree: Tree,
+    boxes: NDArray[np.int64],
+    like: NDArray[Any],
     query: NDArray[np.float32],
     head: int,
     first_query: int,
@@ -199,14 +202,11 @@ def _look(
         level, last = seen.level[first], first
         while last < stop and seen.level[last] == level:
             last += 1
-        boxes = tree.levels[level]
-        score_nodes(
+        score_level(
             query[head],
-            boxes.lower[head],
-            boxes.upper[head],
-            boxes.scale[head],
-            boxes.offset[head],
-            boxes.block,
+            boxes[level],
+            like,
+            head,
             seen.node[first:last] - tree.starts[level],
             seen.upper[first_query : first_query + query.shape[1], first:last],
             seen.lower[first_query : first_query + query.shape[1], first:last],

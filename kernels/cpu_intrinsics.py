@@ -96,6 +96,16 @@ def prefetch(typing_context: Any, address: Any) -> Any:
 
 
 @_intrinsic
+def pointer_to(typing_context: Any, address: Any) -> Any:
+    """Return the memory at an address as ``numba.carray`` wants it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], _I8.as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@_intrinsic
 def load_u8(typing_context: Any, address: Any, index: Any) -> Any:
     """Return byte ``index`` of the memory at an address."""
 

@@ -29,6 +29,8 @@ class Batch:
         self._results: list[bool | None] = [None] * len(self._rows)
         self._num_open = len(self._rows)
         self._over = threading.Event()
+        self.is_given_up = False
+        """Whether something was still under way when nobody waited for it any more."""
         self.begun_s = self.ended_s = time.monotonic()
         if not self._rows:
             self._over.set()
@@ -71,6 +73,7 @@ class Batch:
         """Say that what has not arrived never will; return how many blocks that are."""
         with self._lock:
             num_open = self._num_open
+            self.is_given_up |= num_open > 0
             for member in range(len(self._results)):
                 self._settle(member, arrived=False)
             return num_open

@@ -104,7 +104,7 @@ class BlockStore:
     @property
     def is_hanging(self) -> bool:
         """Whether the disk has not answered for longer than ``deadline_s``."""
-        return time.monotonic() - self._mover.begun_s > self.deadline_s
+        return self._mover.is_hanging(self.deadline_s)
 
     @property
     def stats(self) -> BlockStats:

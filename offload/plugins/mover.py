@@ -59,12 +59,18 @@ class Mover:
         self.stats = BlockStats()
         self._files = files
         self._table = table
-        self._running: dict[int, float] = {}
+        self._running: dict[int, tuple[float, Batch]] = {}
 
-    @property
-    def begun_s(self) -> float:
-        """When the oldest operation under way has begun; now if there is none."""
-        return min((*tuple(self._running.values()), time.monotonic()))
+    def is_hanging(self, deadline_s: float) -> bool:
+        """Whether an operation is under way for too long, or was given up and is still under way.
+
+        An operation begins a little after its batch, so the batch may be given up first.
+        """
+        now = time.monotonic()
+        return any(
+            batch.is_given_up or now - begun_s > deadline_s
+            for begun_s, batch in tuple(self._running.values())
+        )
 
     def run(
         self,
@@ -77,7 +83,7 @@ class Mover:
     ) -> None:
         """Do one operation and leave the books in order, whatever happens."""
         thread = threading.get_ident()
-        self._running[thread] = time.monotonic()
+        self._running[thread] = time.monotonic(), batch
         try:
             work(batch, members, entries, op, scratch)
         except OffloadError as error:

@@ -73,6 +73,11 @@ class RootPaths:
         return self.root / "quarantine"
 
     @property
+    def scratch(self) -> Path:
+        """Folder of what goes away with the process that made it."""
+        return self.root / "scratch"
+
+    @property
     def rebuild_lock(self) -> Path:
         """Locked by whoever replaces the catalog, and, shared, by whoever uses it."""
         return self.root / "lock"

@@ -1,6 +1,5 @@
 """The local side: a root folder, and the blocks of a session in it, read and verified."""
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from offload.sessions.session_file import BlockRef, SessionFile
 from offload.sessions.store import SessionStore
 from offload.tiers.disk import DiskTier
 from offload.tiers.pool import page_aligned
+from offload.tiers.scratch import ScratchDir
 from offload.types import ChunkInfo
 
 _THREADS = 4
@@ -91,9 +91,9 @@ def open_source(root: Root, name: str) -> Iterator[tuple[SessionFile, BlockSourc
     """
     file, held = open_session(root, name)
     try:
-        with tempfile.TemporaryDirectory(prefix="offload-") as folder:
+        with ScratchDir(root.paths.scratch) as scratch:
             disk = DiskTier(
-                Path(folder),
+                scratch.path,
                 capacity_bytes=0,
                 layout=file.layout,
                 num_threads=_THREADS,

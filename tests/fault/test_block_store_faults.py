@@ -105,8 +105,9 @@ def test_refused_read_is_a_miss_and_the_block_can_be_stored_again(tmp_path: Path
 def test_hung_read_is_given_up_and_does_not_touch_its_row_when_it_ends(tmp_path: Path) -> None:
     gate = Gate()
     preadv = FlakyCall(os.preadv, gate, armed=False)
-    store = make_store(tmp_path, deadline_s=0.2, preadv=preadv)
+    store = make_store(tmp_path, preadv=preadv)
     store_blocks(store, NAMES)
+    store.deadline_s = 0.2
     preadv.armed = True
     row = content(b"x")
     batch = store.submit_load([b"a"], [row])

@@ -64,9 +64,14 @@ def sparse_cache(tmp_path: Path, policy: str, budget: float | int) -> OffloadedC
     )
 
 
-def check_close(found: list[Tensor], expected: list[Tensor]) -> None:
+_CHOSEN = 1e-2
+"""Largest difference where rounding may decide which of two tokens alike is read, and which is
+estimated; what another fork or row has differs by 1 and more."""
+
+
+def check_close(found: list[Tensor], expected: list[Tensor], most: float = 1e-4) -> None:
     for one, other in zip(found, expected, strict=True):
-        assert (one - other).abs().max() < 1e-4
+        assert (one - other).abs().max() < most
 
 
 def check_everything_was_read(cache: OffloadedCache) -> None:
@@ -174,7 +179,7 @@ def test_forks_on_several_threads_give_the_logits_of_forks_in_turn(
         assert 0 < cache.stats().retrieved_tokens < cache.stats().covered_tokens
         cache.check_integrity()
     for found, expected in zip(at_once, in_turn, strict=True):
-        check_close(found, expected)
+        check_close(found, expected, _CHOSEN)
 
 
 @pytest.mark.leaks
