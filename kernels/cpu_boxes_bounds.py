@@ -7,7 +7,8 @@ cost as much as one of them from the corners.
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import njit
+from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
 from offload.kernels.cpu_intrinsics import pointer_to, prefetch, widen

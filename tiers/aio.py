@@ -121,8 +121,9 @@ class ReadQueue:
             found = _libc.syscall(self._collect, self._context, number, number, events, None)
             if found < 0 and ctypes.get_errno() != errno.EINTR:
                 raise OSError(ctypes.get_errno(), f"lost sight of {left} reads under way")
-            for event in self._events[: max(0, found)]:
-                is_whole &= bool(event["result"] == expected[int(event["data"])])
+            ended = self._events[: max(0, found)]
+            wanted = expected[ended["data"].astype(np.int64)]
+            is_whole &= np.array_equal(ended["result"], wanted)
             collected += max(0, found)
         return is_whole
 

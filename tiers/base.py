@@ -2,10 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from offload.tiers.buffers import Buffers
 from offload.tiers.transfer import Transfer
 from offload.types import ChunkInfo, SlotId
 
@@ -142,7 +143,7 @@ class ReadsParts(Protocol):
         slots: Sequence[SlotId],
         infos: Sequence[ChunkInfo],
         parts: slice | Sequence[int],
-        out: Sequence[Any],
+        out: Sequence[Tensor] | Buffers,
         *,
         num_parts: int = 1,
         urgent: bool = True,

@@ -14,13 +14,13 @@ from offload.stats import BusyTime
 from offload.tiers.adopted import AdoptedFiles
 from offload.tiers.aio import thread_queue
 from offload.tiers.base import Tier
+from offload.tiers.buffers import Buffers
 from offload.tiers.io_engine import IoEngine, Job
 from offload.tiers.io_plan import MIN_SHARE, Operation
 from offload.tiers.read_meter import ReadMeter
 from offload.tiers.record import RecordFormat
-from offload.tiers.record_fill import Buffer
 from offload.tiers.record_io import ChooseCodec, KnownHeaders, Place, RecordIo
-from offload.tiers.record_part import Part
+from offload.tiers.record_part import Parts
 from offload.tiers.record_parts import first_parts, plan_parts, read_parts
 from offload.tiers.requests import check_buffers, describe, no_record
 from offload.tiers.sealing import Sealer
@@ -30,7 +30,7 @@ from offload.tiers.syscalls import VectoredCall
 from offload.tiers.transfer import FutureTransfer, Transfer
 from offload.types import ChunkInfo, ChunkLayout, SlotId
 
-_BATCH = 32
+_BATCH = 64
 """Parts that one thread reads at once: fewer leave the disk idle, more keep others waiting."""
 
 
@@ -237,7 +237,7 @@ class DiskTier(Tier):
         slots: Sequence[SlotId],
         infos: Sequence[ChunkInfo],
         parts: slice | Sequence[int],
-        out: Sequence[Tensor | Buffer],
+        out: Sequence[Tensor] | Buffers,
         *,
         num_parts: int = 1,
         urgent: bool = True,
@@ -252,7 +252,7 @@ class DiskTier(Tier):
         slots, infos : sequences of equal length
         parts : slice or sequence of int
             Consecutive parts, the same of every slot; or the first one of each slot.
-        out : sequence of Tensor, uint8, or Buffer
+        out : sequence of Tensor, uint8, or Buffers
             Of as many ``part_bytes`` as there are parts. Bypasses the page cache if page-aligned
             and a part is a whole number of pages.
         num_parts : int
@@ -276,13 +276,10 @@ class DiskTier(Tier):
         firsts, count = first_parts(parts, num_parts, len(slots), total)
         num_bytes = count * self.part_bytes
         check_buffers(slots, infos, out, num_bytes)
-        wanted = [
-            Part(locate(slot), info, first, at if isinstance(at, Buffer) else Buffer.of(at))
-            for slot, info, first, at in zip(slots, infos, firsts, out, strict=True)
-        ]
+        wanted = Parts.of(slots, infos, firsts, Buffers.of(out))
         jobs: list[Job] = [
-            self._read_job([part.place for part in job], partial(read_parts, job))
-            for job in plan_parts(wanted, num_bytes, self._engine.num_threads, self._min_parts)
+            self._read_job(job.places(), partial(read_parts, job))
+            for job in plan_parts(wanted, self._engine.num_threads, self._min_parts)
         ]
         return self._start_read("read of parts", slots, infos, num_bytes, jobs, urgent=urgent)
 
@@ -377,7 +374,8 @@ class DiskTier(Tier):
         what, num_bytes = describe(self.name, verb, infos), len(slots) * bytes_each
         with self._lock:
             self._check_open()
-            missing = [slot for slot in slots if slot not in self._written]
+            has_all = self._written.issuperset(slots)
+            missing = [] if has_all else [slot for slot in slots if slot not in self._written]
         if not missing:
             timed: list[Job] = [partial(self.reading.run, job) for job in jobs]
             return self._start(what, num_bytes, timed, urgent=urgent)

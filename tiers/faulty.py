@@ -5,12 +5,13 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from offload.errors import ClosedError, ConfigError, StorageError
 from offload.tiers.base import Tier
+from offload.tiers.buffers import Buffers
 from offload.tiers.fault_dice import Damage, Draw, FaultDice
 from offload.tiers.faults import FaultCounts, FaultPlan
 from offload.tiers.late_transfer import LateTransfer
@@ -101,7 +102,7 @@ class FaultyTier(WrappedTier):
         slots: Sequence[SlotId],
         infos: Sequence[ChunkInfo],
         parts: slice | Sequence[int],
-        out: Sequence[Any],
+        out: Sequence[Tensor] | Buffers,
         *,
         num_parts: int = 1,
         urgent: bool = True,
@@ -144,7 +145,9 @@ class FaultyTier(WrappedTier):
         self._closing.set()
         self.inner.close()
 
-    def _read(self, what: str, out: Sequence[Any], begin: Callable[[], Transfer]) -> Transfer:
+    def _read(
+        self, what: str, out: Sequence[Tensor] | Buffers, begin: Callable[[], Transfer]
+    ) -> Transfer:
         draw = self._dice.draw(what) if self.is_armed and out else _NO_FAULT
         transfer = begin() if draw.error is None else self._fail(what, out, draw.error)
         return LateTransfer(what, transfer, draw.late_s, self._closing)
@@ -176,7 +179,9 @@ class FaultyTier(WrappedTier):
         self._damaged.add(slot)
         self._dice.count_damage(damage)
 
-    def _fail(self, what: str, buffers: Sequence[Any], error: StorageError) -> Transfer:
+    def _fail(
+        self, what: str, buffers: Sequence[Tensor] | Buffers, error: StorageError
+    ) -> Transfer:
         """Return a transfer that is over, badly."""
         if self._closing.is_set():
             raise ClosedError(f"the {self.name} tier is closed")

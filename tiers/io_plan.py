@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 MAX_OP_BYTES = 4 << 20
 """More gains no bandwidth and keeps an urgent read waiting longer behind a write."""
@@ -107,40 +107,6 @@ def plan_io(
     if members:
         ops.append(Operation(segment, start, end - start, tuple(members)))
     return ops
-
-
-def share_out(
-    places: Sequence[tuple[int, Any]],
-    num_threads: int,
-    max_records: int,
-    *,
-    min_records: int = MIN_SHARE,
-) -> list[list[int]]:
-    """Divide records, of which only parts are to be read, among threads.
-
-    Parameters
-    ----------
-    places : sequence of (segment, where)
-        By what comes after the segment they are ordered.
-    num_threads : int
-        Shares stop growing once each thread has one, but not before ``min_records``.
-    max_records, min_records : int
-        Of one share.
-
-    Returns
-    -------
-    list of list of int
-        Indexes into ``places``, each of them once; the records of one share are of one segment and
-        in disk order.
-    """
-    size = min(max_records, max(min_records, -(-len(places) // max(1, num_threads))))
-    shares: list[list[int]] = []
-    for i in sorted(range(len(places)), key=places.__getitem__):
-        has_room = shares and len(shares[-1]) < size
-        if not has_room or places[shares[-1][0]][0] != places[i][0]:
-            shares.append([])
-        shares[-1].append(i)
-    return shares
 
 
 def join_pieces(

@@ -2,46 +2,17 @@
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from offload.tiers.aio import thread_queue
+from offload.tiers.buffers import Buffer
 from offload.tiers.io_plan import join_pieces
-from offload.tiers.record_io import RecordIo, view
+from offload.tiers.record_io import RecordIo
 from offload.tiers.syscalls import read_fully
 from offload.types import PAGE_BYTES
 
 NO_SPILL = memoryview(b"")
-
-
-class Buffer(NamedTuple):
-    """Host memory that a part is read into.
-
-    Attributes
-    ----------
-    address : int
-    bytes : memoryview
-        Contiguous.
-    """
-
-    address: int
-    bytes: memoryview
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of it."""
-        return len(self.bytes)
-
-    def part(self, start: int, num_bytes: int) -> "Buffer":
-        """Return a piece of it."""
-        return Buffer(self.address + start, self.bytes[start : start + num_bytes])
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Buffer":
-        """Return the memory of a contiguous ``uint8`` tensor, which must outlive it."""
-        return cls(tensor.data_ptr(), view(tensor))
 
 
 def fill(

@@ -1,16 +1,19 @@
 """Read parts of records: runs of tokens of single KV heads, verifying little else."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from offload.errors import ConfigError
-from offload.tiers.io_plan import MAX_OP_BUFFERS, MAX_OP_BYTES, share_out
-from offload.tiers.record import RecordFormat, Stored, check_units
-from offload.tiers.record_fill import Buffer, fill
+from offload.tiers.buffers import Buffer
+from offload.tiers.io_plan import MAX_OP_BUFFERS, MAX_OP_BYTES
+from offload.tiers.record import Stored, check_units
+from offload.tiers.record_fill import fill
 from offload.tiers.record_header import check_header
 from offload.tiers.record_io import Place, RecordIo
-from offload.tiers.record_part import Part
+from offload.tiers.record_pages import is_plain, read_pages
+from offload.tiers.record_part import Part, Parts
 from offload.tiers.record_runs import read_runs
 from offload.types import PAGE_BYTES
 
@@ -21,23 +24,25 @@ _MAX_SHARE = MAX_OP_BUFFERS // 4
 """Parts whose headers and bytes, and the gaps between them, fit into one system call."""
 
 
-def plan_parts(
-    parts: Sequence[Part], num_bytes: int, num_threads: int, min_parts: int
-) -> list[list[Part]]:
-    """Divide parts of ``num_bytes`` each into jobs of one segment, in disk order."""
-    most = max(1, min(_MAX_SHARE, MAX_OP_BYTES // (PAGE_BYTES + num_bytes)))
-    where = [(part.place[0], (part.place[1], part.first)) for part in parts]
-    jobs = share_out(where, num_threads, most, min_records=min_parts)
-    return [[parts[i] for i in job] for job in jobs]
+def plan_parts(parts: Parts, num_threads: int, min_parts: int) -> list[Parts]:
+    """Divide parts into jobs of one segment each."""
+    if not parts.num_parts:
+        return []
+    most = max(1, min(_MAX_SHARE, MAX_OP_BYTES // (PAGE_BYTES + parts.part_bytes)))
+    size = min(most, max(min_parts, -(-parts.num_parts // num_threads)))
+    ends = [*(np.flatnonzero(np.diff(parts.segments)) + 1).tolist(), parts.num_parts]
+    jobs = []
+    for start, stop in pairwise([0, *ends]):
+        jobs += [parts.run(first, min(first + size, stop)) for first in range(start, stop, size)]
+    return jobs
 
 
-def read_parts(parts: Sequence[Part], io: RecordIo, scratch: memoryview) -> None:
+def read_parts(parts: Parts, io: RecordIo, scratch: memoryview) -> None:
     """Fill buffers with parts of the records of one segment.
 
     Parameters
     ----------
-    parts : sequence of Part
-        In disk order.
+    parts : Parts
     io : RecordIo
     scratch : memoryview
         A page for each part, and ``_SPILL_BYTES``.
@@ -47,11 +52,13 @@ def read_parts(parts: Sequence[Part], io: RecordIo, scratch: memoryview) -> None
     CorruptChunk
     StorageError
     """
+    if read_pages(parts, io):
+        return
     coarse: list[tuple[Part, Stored]] = []
     plain: list[tuple[Part, Stored | None]] = []
-    for part in parts:
+    for part in parts.each():
         stored = io.known(part.place, part.info)
-        if stored is None or _is_plain(io.fmt, stored):
+        if stored is None or is_plain(io.fmt, stored):
             plain.append((part, stored))
         else:
             coarse.append((part, stored))
@@ -94,12 +101,6 @@ def first_parts(
     return parts, num_parts
 
 
-def _is_plain(fmt: RecordFormat, stored: Stored) -> bool:
-    """Whether the units of a record are those that a format asks for."""
-    is_raw = not stored.codec and stored.seal is None
-    return is_raw and stored.unit_tokens == fmt.unit_tokens
-
-
 def _read_plain(
     io: RecordIo, parts: Sequence[tuple[Part, Stored | None]], scratch: memoryview
 ) -> list[tuple[Part, Stored]]:
@@ -124,7 +125,7 @@ def _read_plain(
         known = stored or found.get(part.place)
         if known is None:
             known = found[part.place] = check_header(headers[part.place], fmt, part.info)
-        if _is_plain(fmt, known):
+        if is_plain(fmt, known):
             check_units(part.out.bytes, fmt, known, part.first)
         else:
             coarse.append((part, known))

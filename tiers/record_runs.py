@@ -7,10 +7,11 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from offload.tiers.buffers import Buffer
 from offload.tiers.pool import page_aligned
 from offload.tiers.record import Stored, check_units
 from offload.tiers.record_codec import decode_units
-from offload.tiers.record_fill import NO_SPILL, Buffer, fill
+from offload.tiers.record_fill import NO_SPILL, fill
 from offload.tiers.record_io import Place, RecordIo, view
 from offload.tiers.record_part import Part
 from offload.tiers.record_seal import open_units

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from offload.errors import CapacityError, ClosedError, ConfigError
 from offload.tiers.base import Tier
+from offload.tiers.buffers import Buffer, Buffers
 from offload.tiers.io_engine import IoEngine, Job
 from offload.tiers.record import RecordFormat
-from offload.tiers.record_fill import Buffer
 from offload.tiers.record_parts import first_parts
 from offload.tiers.remote_bucket import Bucket
 from offload.tiers.remote_chunks import RemoteChunks
@@ -133,7 +133,7 @@ class RemoteTier(Tier):
         slots: Sequence[SlotId],
         infos: Sequence[ChunkInfo],
         parts: slice | Sequence[int],
-        out: Sequence[Tensor | Buffer],
+        out: Sequence[Tensor] | Buffers,
         *,
         num_parts: int = 1,
         urgent: bool = True,
@@ -147,7 +147,7 @@ class RemoteTier(Tier):
         firsts, count = first_parts(parts, num_parts, len(slots), total)
         num_bytes = count * self.part_bytes
         check_buffers(slots, infos, out, num_bytes)
-        buffers = [at if isinstance(at, Buffer) else Buffer.of(at) for at in out]
+        buffers = list(Buffers.of(out))
         starts = [first * self.part_bytes for first in firsts]
         return self._start_read(
             "read of parts", slots, infos, buffers, starts, num_bytes, urgent=urgent

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from offload.errors import ConfigError, CorruptChunk
-from offload.tiers.record_fill import Buffer
+from offload.tiers.buffers import Buffers
 from offload.types import ChunkInfo, SlotId
 
 
@@ -29,7 +29,7 @@ def no_record(what: str, missing: Sequence[SlotId], total: int) -> CorruptChunk:
 def check_buffers(
     slots: Sequence[SlotId],
     infos: Sequence[ChunkInfo],
-    buffers: Sequence[Tensor | Buffer],
+    buffers: Sequence[Tensor] | Buffers,
     num_bytes: int,
 ) -> None:
     """Raise ConfigError if buffers do not fit a request.
@@ -44,10 +44,10 @@ def check_buffers(
         raise ConfigError(
             f"{len(slots)} slots, {len(infos)} infos and {len(buffers)} buffers do not match"
         )
+    if isinstance(buffers, Buffers):
+        assert buffers.nbytes == num_bytes
+        return
     for buffer in buffers:
-        if isinstance(buffer, Buffer):
-            assert len(buffer.bytes) == num_bytes
-            continue
         fits = buffer.dtype == torch.uint8 and buffer.shape == (num_bytes,)
         if not fits or buffer.device.type != "cpu" or not buffer.is_contiguous():
             raise ConfigError(

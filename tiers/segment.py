@@ -1,8 +1,11 @@
 """Where the records of a disk tier lie: append-only segments. Bookkeeping only, no I/O."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from offload.errors import CapacityError
 from offload.types import SlotId
@@ -157,6 +160,12 @@ def slot_at(segment: int, index: int) -> SlotId:
 def locate(slot: SlotId) -> tuple[int, int]:
     """Return the segment and the index in it of a slot, alive or not."""
     return slot >> INDEX_BITS, slot & (1 << INDEX_BITS) - 1
+
+
+def locate_all(slots: Sequence[SlotId]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the segments and indexes of many slots, ``int64 [len(slots)]`` each."""
+    numbers = np.array(slots, np.int64)
+    return numbers >> INDEX_BITS, numbers & (1 << INDEX_BITS) - 1
 
 
 def _runs(indexes: list[int]) -> Iterator[tuple[int, int]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from offload.errors import ConfigError, TransferTimeout
 from offload.tiers.base import Tier
+from offload.tiers.buffers import Buffers
 from offload.tiers.transfer import Transfer
 from offload.tiers.virtual_clock import Clock, RealClock
 from offload.tiers.wrapped import WrappedTier
@@ -146,7 +147,7 @@ class ThrottledTier(WrappedTier):
         slots: Sequence[SlotId],
         infos: Sequence[ChunkInfo],
         parts: slice | Sequence[int],
-        out: Sequence[Tensor],
+        out: Sequence[Tensor] | Buffers,
         *,
         num_parts: int = 1,
         urgent: bool = True,

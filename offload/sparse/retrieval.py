@@ -1,7 +1,8 @@
 """Sparse attention: search an index, read the tokens it names, estimate the others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,7 @@ from torch import Tensor
 
 from offload.errors import ConfigError
 from offload.exact import AttentionCall
-from offload.index.base import NO_TOKEN, Hits, KeyIndex
-from offload.kernels import dispatch
-from offload.kernels.reference import merge
-from offload.kernels.rows import attend_to
+from offload.index.base import Hits, KeyIndex
 from offload.sparse.break_even import BreakEven
 from offload.sparse.calls import hidden_tokens, is_plain
 from offload.sparse.importance import ImportanceWatch
@@ -21,12 +19,18 @@ from offload.sparse.indexes import Holder, LayerIndexes
 from offload.sparse.outlook import Outlook, Run
 from offload.sparse.plan import SparsePlan
 from offload.sparse.queries import QuerySample
+from offload.sparse.row_attention import Question, RowAttention
+from offload.sparse.row_demand import Sought
 from offload.sparse.row_keys import Ints
 from offload.sparse.row_reader import RowReader
 from offload.sparse.self_check import ErrorStats, SelfCheck
 from offload.sparse.steering import ErrorSteering
 from offload.store import ChunkStore
 from offload.types import ChunkId, Partial
+
+_TOGETHER = 8
+"""Rows or positions that are searched for before the first one is waited for; what they read is
+copied, and kept until all are attended to."""
 
 _SPARE_PART = 4
 """One more token is searched for, and fetched for the next step, for so many that are read."""
@@ -105,13 +109,17 @@ class Retrieval:
         self._rows = rows
         self._break_even = BreakEven(plan, store.layout, device)
         self._keeps_rows = rows is not None and rows.num_lines > 0 and rows.reads_ahead
-        self._max_wait_s = max_wait_s
         self._device = device
         self._place = torch.device("cpu") if plan.placement == "host" else device
         self.indexes = self._open_indexes(directory)
         self._queries = QuerySample(plan.kept_queries)
         self._steering = ErrorSteering()
         self._check = SelfCheck(store, plan.check_every, self._observe)
+        self._attention = (
+            None
+            if rows is None
+            else RowAttention(rows, store.layout, plan.has_tail, max_wait_s, self._check, watch)
+        )
         self._outlooks: dict[tuple[int, int], Outlook] = {}
 
     def _open_indexes(self, directory: Path | None) -> LayerIndexes | None:
@@ -202,8 +210,7 @@ class Retrieval:
             return [], covered
         outlook = self._outlooks.setdefault((layer.owner, layer.index), Outlook())
         outlook.follow(layer.version, ripe, covered)
-        parts = [self._attend_row(layer, call, row, outlook) for row in range(len(layer.rows))]
-        return [Partial(*(torch.stack(both) for both in zip(*parts, strict=True)))], covered
+        return [self._attend_rows(layer, call, outlook)], covered
 
     def _prepare(self, layer: Layer, call: AttentionCall, ripe: range) -> None:
         """Take note of a piece of a prompt, and begin to index what came before it."""
@@ -263,33 +270,51 @@ class Retrieval:
             )
         return outlook.is_beyond_memory
 
-    def _attend_row(
-        self, layer: Layer, call: AttentionCall, row: int, outlook: Outlook
-    ) -> tuple[Tensor, Tensor]:
-        """Attend for one row; ``out`` [num_heads, num_queries, value_dim] and ``lse`` of it."""
-        layout = self._store.layout
-        heads, query = self._heads(layer), call.query[row].float() * call.scale
-        num_heads, num_queries, _ = query.shape
-        out = query.new_zeros(num_heads, num_queries, layout.value_dim)
-        lse = query.new_full((num_heads, num_queries), -torch.inf)
+    def _attend_rows(self, layer: Layer, call: AttentionCall, outlook: Outlook) -> Partial:
+        """Attend for all rows, at all positions."""
+        layout, heads = self._store.layout, list(self._heads(layer))
+        query = call.query.float() * call.scale
+        num_rows, num_heads, num_queries, _ = query.shape
+        out = query.new_zeros(num_rows, num_heads, num_queries, layout.value_dim)
+        lse = query.new_full((num_rows, num_heads, num_queries), -torch.inf)
         if not heads:
-            return out, lse
-        index, run = self._open_row(layer, row, outlook, heads)
-        expected = outlook.expected.pop(row, None)
-        has_spares = self._is_beyond_memory(layer, outlook)
-        groups = (layout.num_kv_heads, num_heads // layout.num_kv_heads, num_queries)
-        asked = query.unflatten(0, groups[:2])[list(heads)].to(self._place)
-        # A group shares what it reads; the queries of different positions look for other things.
-        for position in range(num_queries):
-            one = asked[:, :, position]
-            past = outlook.past.get(row)
-            hits, likely = self._search(one, index, layer, past, has_spares=has_spares)
-            outlook.remember(row, position, index, hits)
-            self._count(hits, index, expected)
-            found = self._attend_heads(one, index, run, hits, likely)
-            out.view(*groups, -1)[list(heads), :, position] = found.out.to(out.device)
-            lse.view(groups)[list(heads), :, position] = found.lse.to(lse.device)
-        return out, lse
+            return Partial(out, lse)
+        assert self._attention is not None
+        groups = (layout.num_kv_heads, num_heads // layout.num_kv_heads)
+        outs, lses = out.unflatten(1, groups), lse.unflatten(1, groups)
+        asked = query.unflatten(1, groups)[:, heads].to(self._place)
+        questions = self._questions(layer, asked, outlook)
+        try:
+            # What several of them want is read at once: a disk is slow, or searches are.
+            while some := list(islice(questions, _TOGETHER)):
+                for row, position, question, sought in some:
+                    found = self._attention.finish(question, sought)
+                    outs[row, heads, :, position] = found.out.to(out.device)
+                    lses[row, heads, :, position] = found.lse.to(lse.device)
+                self._attention.release()
+        finally:
+            self._attention.release()
+        return Partial(out, lse)
+
+    def _questions(
+        self, layer: Layer, asked: Tensor, outlook: Outlook
+    ) -> Iterator[tuple[int, int, Question, Sought]]:
+        """Search for every row and position, and begin to read what was found.
+
+        A group shares what it reads; the queries of different positions look for other things.
+        """
+        assert self._attention is not None
+        has_spares, heads = self._is_beyond_memory(layer, outlook), self._heads(layer)
+        for row in range(len(layer.rows)):
+            index, run = self._open_row(layer, row, outlook, heads)
+            expected = outlook.expected.pop(row, None)
+            for position in range(asked.shape[3]):
+                one, past = asked[row, :, :, position], outlook.past.get(row)
+                hits, likely = self._search(one, index, layer, past, has_spares=has_spares)
+                outlook.remember(row, position, index, hits)
+                self._count(hits, index, expected)
+                question = Question(one, index, run, hits, likely)
+                yield row, position, question, self._attention.begin(question)
 
     def _open_row(
         self, layer: Layer, row: int, outlook: Outlook, heads: tuple[int, ...]
@@ -310,35 +335,6 @@ class Retrieval:
         assert index.num_tokens == len(chunks) * self._store.layout.chunk_tokens
         run_version = (layer.version, covered.start, covered.stop)
         return index, Run(layer.index, (layer.owner, row), run_version, chunks, heads)
-
-    def _attend_heads(
-        self, query: Tensor, index: KeyIndex, run: Run, hits: Hits, likely: Tensor
-    ) -> Partial:
-        """Attend for some KV heads; ``query`` is [len(heads), group_size, key_dim], scaled."""
-        assert self._rows is not None
-        layout = self._store.layout
-        found = self._rows.locate(*run, hits.ids.cpu().numpy(), deadline_s=self._max_wait_s)
-        addresses = torch.from_numpy(found).to(query.device)
-        if index.tail_takes_values and self.plan.has_tail:
-            rows = dispatch.read_rows(addresses, layout.row_dim, layout.dtype).float()
-            values = rows[..., layout.key_dim :]
-            read = attend_to(query, rows, addresses != 0)
-        else:
-            values = query.new_empty(*addresses.shape, 0)
-            read = dispatch.attend_rows(query, addresses, layout.value_dim, layout.dtype)
-        tail = index.tail(query, hits, addresses != 0, values) if self.plan.has_tail else None
-        merged = read if tail is None else merge([read, tail])
-        if self._watch is not None:
-            self._watch.add(query, run, hits.ids, addresses, merged.lse)
-        self._rows.release()
-        if likely is not hits.ids:
-            # Late ones first, then those just below the cut.
-            self._rows.prefetch(*run, _unread(likely.cpu().numpy(), found))
-        drawn = self._check.draw(len(run.heads))
-        if drawn is not None:
-            answer = Partial(merged.out[drawn], merged.lse[drawn])
-            self._check.start(run.heads[drawn], query[drawn], run.chunks, answer)
-        return merged
 
     def _search(
         self,
@@ -382,10 +378,3 @@ class Retrieval:
     def _observe(self, error: float) -> None:
         if self.plan.error is not None:
             self._steering.observe(error, self.plan.error)
-
-
-def _unread(likely: Ints, addresses: Ints) -> Ints:
-    """Return ids without those that have an address, the first ones; -1 in their place."""
-    ids = likely.copy()
-    ids[:, : addresses.shape[1]][addresses != 0] = NO_TOKEN
-    return ids

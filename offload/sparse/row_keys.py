@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from offload.sparse.row_wanted import Wanted
 from offload.types import ChunkId, ChunkLayout
 
 Ints = NDArray[np.int64]
@@ -68,17 +69,12 @@ class RowKeys:
         """Return the chunk of a piece."""
         return ChunkId(piece // self.pieces_per_chunk)
 
-    def chunks_and_places(self, pieces: Ints) -> tuple[list[ChunkId], Ints]:
-        """Return the chunk of each piece, and which of its pieces it is."""
+    def chunks_and_places(self, pieces: Ints) -> tuple[list[ChunkId], Ints, Ints]:
+        """Return the chunks that pieces are of, which one each is of, and which piece of it."""
         chunks, places = np.divmod(pieces, self.pieces_per_chunk)
-        return list(map(ChunkId, chunks.tolist())), places
+        names, which = np.unique(chunks, return_inverse=True)
+        return list(map(ChunkId, names.tolist())), which, places
 
-    def by_piece(self, keys: Ints) -> dict[int, Ints]:
+    def wanted(self, keys: Ints) -> Wanted:
         """Divide keys by piece; pieces in the order of their first keys."""
-        pieces, first, which = np.unique(self.pieces(keys), return_index=True, return_inverse=True)
-        ordered = keys[np.argsort(which, kind="stable")]
-        stops = np.cumsum(np.bincount(which)).tolist()
-        starts = [0, *stops[:-1]]
-        order = np.argsort(first, kind="stable").tolist()
-        names = pieces.tolist()
-        return {names[i]: ordered[starts[i] : stops[i]] for i in order}
+        return Wanted.of(keys, self.pieces(keys))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from offload.prefetch.line_cache import LineCache, lines_that_fit
-from offload.sparse.row_demand import Demand, Found, addresses_among
+from offload.sparse.row_demand import Demands, Sought, addresses_among
 from offload.sparse.row_keys import Ints, RowKeys
 from offload.sparse.row_places import ChunkPlaces, RowChunks, RowKey
 from offload.sparse.row_plan import RowMemory, RowPlan
@@ -78,7 +78,7 @@ class RowReader:
             most_in_flight=plan.most_in_flight,
         )
         self._lines = self._make_lines(self._memory[memory.staging_bytes :])
-        self._fresh: Found = []
+        self._demands = Demands(self._reads, self._names, store.counters)
         self._dead: list[ChunkId] = []
 
     @property
@@ -142,7 +142,24 @@ class RowReader:
         TransferTimeout
             Without ``deadline_s``: a read has missed the store's.
         """
-        self._take_landed()
+        sought = self.begin(layer, row_key, version, chunks, heads, ids)
+        return self.finish(sought, deadline_s=deadline_s)
+
+    def begin(
+        self,
+        layer: int,
+        row_key: RowKey,
+        version: Hashable,
+        chunks: Sequence[ChunkId],
+        heads: Sequence[int],
+        ids: Ints,
+    ) -> Sought:
+        """Begin what ``locate`` does. Several may be begun before the first one is finished.
+
+        Their addresses hold until all of them are finished and the next one begins, or ``release``.
+        """
+        if self._demands.is_idle:
+            self._take_landed()
         row = self._places.row(layer, row_key, version, chunks)
         addresses = self._in_place(row, heads, ids)
         counters = self._store.counters
@@ -153,12 +170,24 @@ class RowReader:
         absent = np.nonzero(found == 0)[0]
         counters.line_lookups += len(keys)
         counters.line_hits += len(keys) - len(absent)
-        absent = self._allowed(keys, absent)
-        if len(absent):
-            found[absent] = self._read(keys[absent], deadline_s)
-        counters.late_rows += int(np.count_nonzero(found == 0))
         addresses[missing] = found
-        return addresses
+        absent = self._allowed(keys, absent)
+        lines, ranks = missing
+        sought = Sought(addresses, (lines[absent], ranks[absent]), keys[absent])
+        if len(absent):
+            lifted, rows = self._places.lift(sought.keys, self._names)
+            self._demands.fresh += rows
+            sought.demand = self._demands.begin(sought.keys[~lifted])
+            sought.demand.found += rows
+        return sought
+
+    def finish(self, sought: Sought, *, deadline_s: float | None = None) -> Ints:
+        """Wait for what was begun, and return the addresses; see ``locate``."""
+        if sought.demand is not None:
+            self._demands.finish(sought.demand, deadline_s, self._store.deadline_s)
+            sought.addresses[sought.absent] = addresses_among(sought.demand.found, sought.keys)
+        self._store.counters.late_rows += sought.num_late
+        return sought.addresses
 
     def prefetch(
         self,
@@ -192,21 +221,19 @@ class RowReader:
         if not len(keys):
             return 0
         keys = keys[self._lines.find(keys) == 0]
-        wanted = [
-            (piece, part)
-            for piece, part in self._names.by_piece(keys).items()
-            if not (self._places.is_foreign(self._names.chunk_of(piece)))
-            and not self._reads.join(piece, part)
-        ]
-        wanted = wanted[: self._reads.room(is_urgent=False)]
+        wanted = self._names.wanted(keys)
+        of_pieces = map(self._names.chunk_of, wanted.pieces.tolist())
+        is_on_disk = [not self._places.is_foreign(chunk) for chunk in of_pieces]
+        wanted = wanted.some(np.flatnonzero(is_on_disk))
+        wanted = wanted.some(self._reads.join(wanted)[: self._reads.room(is_urgent=False)])
         self._reads.start(wanted, is_urgent=False)
         return len(wanted)
 
     def release(self) -> None:
         """Declare that nobody reads the addresses of the last call any more."""
-        for keys, rows in self._fresh:
+        for keys, rows in self._demands.fresh:
             self._lines.insert(keys, rows)
-        self._fresh.clear()
+        self._demands.clear()
 
     def forget(self, owner: int) -> None:
         """Drop what is kept for the rows of a cache or fork; lines are everybody's."""
@@ -234,7 +261,7 @@ class RowReader:
         try:
             self.settle()
         finally:
-            self._fresh.clear()
+            self._demands.clear()
             if self._pinned is not None:
                 self._pinned.close()
             self._lines = self._make_lines(page_aligned(0))
@@ -296,16 +323,6 @@ class RowReader:
         first[is_free] = -1  # before all that are read
         rank = np.argsort(np.argsort(first, kind="stable"), kind="stable")
         return absent[rank[which] < most + len(names) - num_read]
-
-    def _read(self, keys: Ints, deadline_s: float | None) -> Ints:
-        """Return the addresses of rows that are in no memory that can be read by address."""
-        lifted, found = self._places.lift(keys, self._names)
-        demand = Demand(self._reads, self._names, keys[~lifted], self._store.counters)
-        try:
-            demand.run(deadline_s, self._store.deadline_s)
-        finally:
-            self._fresh += found + demand.found
-        return addresses_among(self._fresh, keys)
 
     def _make_lines(self, memory: Tensor) -> LineCache:
         num_lines = lines_that_fit(memory.numel(), self._names.row_bytes)

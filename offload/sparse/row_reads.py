@@ -1,7 +1,7 @@
 """Pieces of chunks on their way from the disk, and the rows that are wanted of them."""
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from offload.errors import OffloadError, TransferTimeout
 from offload.sparse.row_keys import Ints, RowKeys, Rows
+from offload.sparse.row_wanted import Wanted
 from offload.store import ChunkStore
 from offload.tiers.base import ReadsParts
-from offload.tiers.record_fill import Buffer
+from offload.tiers.buffers import Buffers
 from offload.tiers.transfer import Transfer
 from offload.types import ChunkId, round_up
 
-_FLIGHT_PIECES = 64
+_FLIGHT_PIECES = 256
 """Of one transfer: few, so that the first ones can be used while the last ones are read; but
 four for each of eight threads, which fewer would not keep busy."""
 
@@ -89,10 +90,8 @@ class PieceReads:
         self._is_pinned = is_pinned
         stride = round_up(keys.piece_bytes)
         self.num_buffers = min(staging.numel() // stride, most_in_flight or sys.maxsize)
-        self._buffers = [
-            Buffer.of(staging[i * stride : i * stride + keys.piece_bytes])
-            for i in range(self.num_buffers)
-        ]
+        addresses = staging.data_ptr() + stride * np.arange(self.num_buffers)
+        self._buffers = Buffers(addresses, keys.piece_bytes, staging)
         self._staged = np.lib.stride_tricks.as_strided(
             staging.numpy(),
             (self.num_buffers, keys.piece_tokens, keys.row_bytes),
@@ -114,19 +113,23 @@ class PieceReads:
         patient = sum(len(flight.pieces) for flight in self._flights if not flight.is_urgent)
         return min(len(self._free), max(0, self.num_buffers // 2 - patient))
 
-    def join(self, piece: int, keys: Ints) -> bool:
-        """Want more rows of a piece that is being read; False if it is not."""
-        flight = self._flight_of.get(piece)
-        if flight is not None:
-            flight.wanted.append(keys)
-        return flight is not None
+    def join(self, wanted: Wanted) -> Ints:
+        """Want rows of pieces that are being read; return the places of those that are not."""
+        places = np.arange(len(wanted))
+        if not self._flight_of:
+            return places
+        flights = [self._flight_of.get(piece) for piece in wanted.pieces.tolist()]
+        for place, flight in enumerate(flights):
+            if flight is not None:
+                flight.wanted.append(wanted.part(place))
+        return places[[flight is None for flight in flights]]
 
-    def start(self, wanted: Sequence[tuple[int, Ints]], *, is_urgent: bool) -> None:
+    def start(self, wanted: Wanted, *, is_urgent: bool) -> None:
         """Begin to read pieces that are not being read yet.
 
         Parameters
         ----------
-        wanted : sequence of (piece, keys)
+        wanted : Wanted
             No more than there is room for; those first that are needed first.
         is_urgent : bool
             Read before everything that is not.
@@ -137,8 +140,7 @@ class PieceReads:
             A read could not begin; those before it go on.
         """
         for first in range(0, len(wanted), _FLIGHT_PIECES):
-            part = sorted(wanted[first : first + _FLIGHT_PIECES], key=lambda pair: pair[0])
-            self._start_flight([piece for piece, _ in part], [keys for _, keys in part], is_urgent)
+            self._start_flight(wanted.run(first, first + _FLIGHT_PIECES), is_urgent)
 
     def landed(self) -> Iterator[Landing]:
         """Take the reads that have ended, one after the other; their buffers are free again."""
@@ -166,27 +168,29 @@ class PieceReads:
         for flight in self._flights:
             _wait(flight.transfer, timeout_s)
 
-    def _start_flight(self, pieces: list[int], wanted: list[Ints], is_urgent: bool) -> None:
+    def _start_flight(self, wanted: Wanted, is_urgent: bool) -> None:
         tier, disk = self._tier, len(self._store.tiers) - 1
         assert tier is not None, "there is no disk to read from"
-        buffers = self._free[-len(pieces) :]
-        assert len(buffers) == len(pieces), "more pieces than buffers"
-        numbers, num_parts = np.array(pieces), self._keys.piece_bytes // tier.part_bytes
-        chunks, firsts = self._keys.chunks_and_places(numbers)
+        numbers = np.sort(wanted.pieces)
+        buffers = np.array(self._free[-len(numbers) :])
+        assert len(buffers) == len(numbers), "more pieces than buffers"
+        num_parts = self._keys.piece_bytes // tier.part_bytes
+        chunks, which, firsts = self._keys.chunks_and_places(numbers)
         entries = [self._store.table[chunk] for chunk in chunks]
+        slots = np.array([entry.slots[disk] for entry in entries])
         transfer = tier.read_parts(
-            [entry.slots[disk] for entry in entries],
-            [entry.info for entry in entries],
+            slots[which].tolist(),
+            [entries[number].info for number in which.tolist()],
             (firsts * num_parts).tolist(),
-            [self._buffers[buffer] for buffer in buffers],
+            self._buffers.some(buffers),
             num_parts=num_parts,
             urgent=is_urgent,
         )
-        del self._free[-len(pieces) :]
+        del self._free[-len(numbers) :]
         self._store.table.protect(chunks)
-        flight = _Flight(numbers, np.array(buffers), chunks, wanted, transfer, is_urgent)
+        flight = _Flight(numbers, buffers, chunks, [wanted.keys], transfer, is_urgent)
         self._flights.append(flight)
-        self._flight_of |= dict.fromkeys(pieces, flight)
+        self._flight_of |= dict.fromkeys(numbers.tolist(), flight)
 
     def _land(self, flight: _Flight) -> Landing:
         pieces, keys = flight.pieces.tolist(), np.concatenate(flight.wanted)

@@ -5,11 +5,9 @@ from hypothesis import strategies as st
 from offload.tiers.io_plan import (
     MAX_OP_BUFFERS,
     MAX_OP_BYTES,
-    MIN_SHARE,
     Extent,
     join_pieces,
     plan_io,
-    share_out,
 )
 
 _KIB, _MIB = 1 << 10, 1 << 20
@@ -99,42 +97,6 @@ def test_plan_serves_every_extent_once_and_keeps_the_limits(
         assert at == op.offset + op.num_bytes
         assert op.num_bytes <= max_op_bytes or len(op.members) == 1
         assert 2 * len(op.members) <= max_op_buffers
-
-
-@pytest.mark.parametrize(
-    ("num_records", "num_threads", "max_records", "sizes"),
-    [
-        (0, 4, 100, []),
-        (1, 4, 100, [1]),
-        (MIN_SHARE + 1, 8, 100, [MIN_SHARE, 1]),
-        (64, 8, 100, [8] * 8),
-        (65, 8, 100, [9] * 7 + [2]),
-        (10, 1, 4, [4, 4, 2]),
-        (3, 8, 1, [1, 1, 1]),
-    ],
-)
-def test_shares_grow_until_each_thread_has_one(
-    num_records: int, num_threads: int, max_records: int, sizes: list[int]
-) -> None:
-    places = [(0, index) for index in range(num_records)]
-    assert [len(share) for share in share_out(places, num_threads, max_records)] == sizes
-
-
-@given(
-    places=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), max_size=40),
-    num_threads=st.integers(1, 5),
-    max_records=st.integers(1, 12),
-)
-def test_every_record_is_in_one_share_of_one_segment_in_disk_order(
-    places: list[tuple[int, int]], num_threads: int, max_records: int
-) -> None:
-    shares = share_out(places, num_threads, max_records)
-    assert sorted(i for share in shares for i in share) == list(range(len(places)))
-    for share in shares:
-        assert 0 < len(share) <= max_records
-        found = [places[i] for i in share]
-        assert found == sorted(found)
-        assert len({segment for segment, _ in found}) == 1
 
 
 def _pieces(*spans: tuple[int, int]) -> list[tuple[int, memoryview]]:

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from offload.errors import CorruptChunk
+from offload.tiers.buffers import Buffers
 from offload.tiers.io_engine import SCRATCH_PAGES
 from offload.tiers.io_plan import MAX_OP_BYTES
 from offload.tiers.pool import page_aligned
 from offload.tiers.record import RecordFormat
-from offload.tiers.record_fill import Buffer
 from offload.tiers.record_io import KnownHeaders, RecordIo
-from offload.tiers.record_part import Part
+from offload.tiers.record_part import Parts
 from offload.tiers.record_parts import plan_parts, read_parts
+from offload.tiers.segment import slot_at
 from offload.tiers.segment_files import SegmentFiles
 from offload.types import PAGE_BYTES, ChunkInfo, ChunkLayout
 
@@ -66,18 +67,15 @@ class _Records:
         return torch.cat(heads)
 
     def read_heads(self, records: Sequence[int], first: int, num_heads: int) -> list[Tensor]:
-        places = [self.places[record] for record in records]
+        slots = [slot_at(*self.places[record]) for record in records]
         infos = [self.infos[record] for record in records]
         num_bytes = num_heads * self.fmt.head_bytes
         stride = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
         memory = page_aligned(len(records) * stride).view(len(records), stride)
         out = list(memory[:, :num_bytes])
         unit = first * self.fmt.units_per_head
-        parts = [
-            Part(place, info, unit, Buffer.of(buffer))
-            for place, info, buffer in zip(places, infos, out, strict=True)
-        ]
-        for job in plan_parts(parts, num_bytes, 1, 4):
+        parts = Parts.of(slots, infos, [unit] * len(slots), Buffers.of(out))
+        for job in plan_parts(parts, 1, 4):
             read_parts(job, self.io, _scratch())
         return out
 
@@ -138,10 +136,11 @@ def test_heads_are_read_through_gaps_of_at_most_eight_pages(
 
 
 def test_job_reads_no_more_than_one_operation_may() -> None:
-    info, out = ChunkInfo(0, 0, 0), Buffer.of(page_aligned(0))
-    parts = [Part((0, index), info, 0, out) for index in range(10_000)]
+    info, slots = ChunkInfo(0, 0, 0), [slot_at(0, index) for index in range(10_000)]
     for num_bytes in (1, 512, PAGE_BYTES, MAX_OP_BYTES // 3, 2 * MAX_OP_BYTES):
-        most = max(len(job) for job in plan_parts(parts, num_bytes, 1, 4))
+        out = Buffers.of([page_aligned(num_bytes)] * len(slots))
+        parts = Parts.of(slots, [info] * len(slots), [0] * len(slots), out)
+        most = max(job.num_parts for job in plan_parts(parts, 1, 4))
         assert 1 <= most <= SCRATCH_PAGES // 2
         assert most == 1 or most * (PAGE_BYTES + num_bytes) <= MAX_OP_BYTES
 

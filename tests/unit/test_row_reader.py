@@ -9,6 +9,7 @@ import torch
 
 from offload.sparse.row_keys import RowKeys
 from offload.sparse.row_places import tier_rows
+from offload.sparse.row_wanted import Wanted
 from offload.tiers.memory import MemoryTier
 from offload.types import ChunkId
 from tests.support.disk import FlakyCall, Gate
@@ -279,8 +280,14 @@ def test_rows_of_memory_that_cannot_be_read_by_address_are_copied_and_kept_in_li
 
 
 def test_keys_are_divided_by_piece_in_the_order_of_their_first_ones() -> None:
+    def parts(wanted: Wanted) -> list[tuple[int, list[int]]]:
+        keys = [wanted.part(place).tolist() for place in range(len(wanted))]
+        return list(zip(wanted.pieces.tolist(), keys, strict=True))
+
     names = RowKeys.of(LAYOUT)
-    keys = np.array([9, 4, 8, 5, 0])
-    parts = {piece: part.tolist() for piece, part in names.by_piece(keys).items()}
-    assert list(parts.items()) == [(2, [9, 8]), (1, [4, 5]), (0, [0])]
-    assert names.by_piece(keys[:0]) == {}
+    wanted = names.wanted(np.array([9, 4, 8, 5, 0]))
+    assert parts(wanted) == [(2, [9, 8]), (1, [4, 5]), (0, [0])]
+    assert parts(wanted.some(np.array([2, 0]))) == [(0, [0]), (2, [9, 8])]
+    assert parts(wanted.run(1, 3)) == [(1, [4, 5]), (0, [0])]
+    none = names.wanted(np.array([], np.int64))
+    assert parts(none) == parts(none.some(np.arange(0))) == parts(wanted.run(1, 1)) == []
