@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv/bin/python
 JOBS ?= 2
-# The tests run in JOBS processes, one thread each, so that results do not depend on the cores.
+# The tests run in JOBS processes, one thread each, so that results do not depend on the cores. Those
+# of a file stay together: what one of them compiled or started, the others find.
 test fault gpu ray: export OMP_NUM_THREADS = 1
 
 RAY_PYTHON := .venv-ray/bin/python
@@ -24,7 +25,7 @@ check: lint  ## lint, format, types
 
 test: lint  ## everything that must pass before a merge; types are checked beside the tests
 	@$(VENV) tools/check_types.py & types=$$!; \
-	$(VENV) -m pytest -n $(JOBS); tests=$$?; \
+	$(VENV) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder; tests=$$?; \
 	wait $$types && exit $$tests
 
 fault: setup  ## what happens when disks fill, lie or hang

@@ -62,6 +62,8 @@ def build_parser(named: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     version = importlib.metadata.version("kv-offload")
     parser.add_argument("--version", action="version", version=f"offload {version}")
+    if list(named) == ["--version"]:
+        return parser
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     for command in [name for name in named if name in _COMMANDS] or _COMMANDS:
         if importlib.util.find_spec(_module_name(command)) is not None:
