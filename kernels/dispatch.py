@@ -13,6 +13,7 @@ from torch import Tensor
 
 from offload.errors import ConfigError
 from offload.kernels import cpu, reference, rows
+from offload.kernels.kept_code import remove_stale
 from offload.kernels.scan import Combine, Scan, ScanTables
 from offload.kernels.scan import scan as reference_scan
 from offload.types import Partial
@@ -173,4 +174,6 @@ def compiled(name: str) -> ModuleType | None:
     """Return a module of kernels for CPUs; None where numba is not installed."""
     if find_spec("numba") is None:
         return None
-    return importlib.import_module(f"offload.kernels.{name}")
+    module = importlib.import_module(f"offload.kernels.{name}")
+    remove_stale(module)
+    return module

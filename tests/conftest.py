@@ -1,5 +1,7 @@
 """What every test runs under: one thread, a hypothesis profile, and the checks behind markers."""
 
+import functools
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 from hypothesis import settings
 
 from tests.support.leaks import no_leaks
+from tests.support.remote import folder_bucket
 
 _FAULT_TESTS = Path(__file__).parent / "fault"
 
@@ -33,11 +36,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
 
 
+@functools.cache
+def _start_shared_threads() -> None:
+    """Have obstore open what it keeps open for all of the process."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder_bucket(Path(folder)).list("nothing")
+
+
 @pytest.fixture(autouse=True)
 def _check_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("leaks") is None:
         yield
         return
+    _start_shared_threads()
     temporary_files = request.getfixturevalue("tmp_path") / "temporary-files"
     temporary_files.mkdir()
     with no_leaks(temporary_files):

@@ -171,13 +171,13 @@ class RowReader:
         counters.line_lookups += len(keys)
         counters.line_hits += len(keys) - len(absent)
         addresses[missing] = found
-        absent = self._allowed(keys, absent)
         lines, ranks = missing
         sought = Sought(addresses, (lines[absent], ranks[absent]), keys[absent])
-        if len(absent):
-            lifted, rows = self._places.lift(sought.keys, self._names)
+        allowed = keys[self._allowed(keys, absent)]
+        if len(allowed):
+            lifted, rows = self._places.lift(allowed, self._names)
             self._demands.fresh += rows
-            sought.demand = self._demands.begin(sought.keys[~lifted])
+            sought.demand = self._demands.begin(allowed[~lifted])
             sought.demand.found += rows
         return sought
 

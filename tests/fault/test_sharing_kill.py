@@ -8,7 +8,6 @@ import pytest
 
 from offload.daemon.errors import SessionBusy
 from tests.support.daemon import greedy, tiny
-from tests.support.remote import folder_bucket
 from tests.support.replicas import (
     LEASE_S,
     ask,
@@ -20,11 +19,6 @@ from tests.support.replicas import (
 from tests.support.sharing_victim import SESSION, victim
 
 DOCUMENT = [3 + i * 31 % 90 for i in range(60)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _warm(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder_bucket(tmp_path_factory.mktemp("warm")).list("nothing")  # starts obstore's threads
 
 
 def killed_amid_an_answer(folder: Path) -> list[int]:

@@ -17,7 +17,7 @@ from offload.sparse.segments import SegmentSizes
 from offload.tiers.codec_ladder import codec_of
 from offload.tiers.faults import FaultPlan
 from offload.tiers.faulty import FaultyTier
-from tests.support.generation import decode, prompt
+from tests.support.generation import CHOICE_ERROR, decode, prompt
 from tests.support.models import make_model
 
 TIERS = ("gpu", "cpu", "disk")
@@ -84,7 +84,7 @@ def test_chunks_that_move_change_no_answer(placement: str, policy: str, tmp_path
             else:
                 check_moved(cache)
     for one, other in zip(*found.values(), strict=True):
-        assert torch.allclose(one, other, atol=1e-4)
+        assert torch.allclose(one, other, atol=CHOICE_ERROR)
 
 
 @pytest.mark.leaks
@@ -98,7 +98,7 @@ def test_forks_move_the_chunks_they_share_and_answer_as_if_alone(cache: Offloade
     for step in range(9):
         for number, fork in enumerate(forks):
             [logits] = decode(make_model("llama"), fork, tokens[number], 1).logits
-            assert torch.allclose(logits, expected[number][step], atol=1e-4)
+            assert torch.allclose(logits, expected[number][step], atol=CHOICE_ERROR)
             tokens[number] = logits.argmax(-1, keepdim=True)
     for fork in forks:
         fork.close()

@@ -13,7 +13,6 @@ from offload.daemon.errors import SessionBusy, UnknownSession
 from offload.daemon.sharing.entry import Entry
 from offload.errors import ConfigError, StorageError
 from tests.support.daemon import greedy, tiny
-from tests.support.remote import folder_bucket
 from tests.support.replicas import (
     LEASE_S,
     Held,
@@ -29,11 +28,6 @@ from tests.support.replicas import (
 DOCUMENT = [3 + i * 31 % 90 for i in range(100)]
 
 pytestmark = pytest.mark.leaks
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _warm(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder_bucket(tmp_path_factory.mktemp("warm")).list("nothing")  # starts obstore's threads
 
 
 def test_session_that_moves_to_and_fro_is_known_wherever_it_goes(tmp_path: Path) -> None:
